@@ -1,0 +1,60 @@
+# Everything below works in a fresh clone on a machine with Python >= 3.11, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export OMP_NUM_THREADS = 1
+
+.PHONY: help tour setup check test slow claims docs organisms bench size clean
+help:            ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+tour: $(VENV)/hf.done   ## walk through the product on the built-in models; ends with one HTML report
+	$(BIN)/davylamp tour
+
+setup: $(VENV)/dev.done ## the developer's environment, with pre-commit hooks
+	-$(BIN)/pre-commit install
+
+check: $(VENV)/dev.done ## format, lint, types and quick tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not slow"
+
+test: $(VENV)/dev.done  ## all tests
+	$(BIN)/pytest -q
+
+slow: $(VENV)/dev.done  ## only the slow tests
+	$(BIN)/pytest -q -m slow
+
+claims: $(VENV)/dev.done ## every claim beside its control
+	$(BIN)/pytest -q tests/claims
+
+docs: $(VENV)/dev.done  ## the documentation site, in site/
+	$(INSTALL) -e '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+organisms: $(VENV)/hf.done ## train the built-in models again from scratch (three seeds, under an hour)
+	$(BIN)/python -m davylamp.models.organism make
+
+bench: $(VENV)/dev.done ## the speed table of docs/performance.md
+	for file in benchmarks/runner.py benchmarks/hf_batching.py benchmarks/report.py; do $(BIN)/python $$file || exit 1; done
+
+size:            ## lines per file; over 400 needs a reason
+	@find davylamp -name '*.py' | xargs wc -l | sort -rn | head -20
+
+clean:           ## remove the environment and what was built; runs stay
+	rm -rf $(VENV) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/pip.done:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/hf.done: $(VENV)/pip.done pyproject.toml constraints.txt
+	$(INSTALL) -e '.[hf]'
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/pip.done pyproject.toml constraints.txt
+	$(INSTALL) -e '.[hf,data,inspect,dev]'
+	@touch $@

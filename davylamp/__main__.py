@@ -1,0 +1,3 @@
+from davylamp.cli import main
+
+main()

@@ -1,0 +1,154 @@
+"""From rows to estimates, one row at a time: what a suite's metrics say, by slice, with intervals. Rows are not kept."""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from davylamp.core.nouns import Estimate, Metric
+from davylamp.core.stats import clustered_rate, corrected_rate, paired_difference, rate
+
+#: A judge's measured error: how many of the rows labelled 1 (positives) and 0 (negatives) it called so.
+Error = Mapping[str, int]
+Slice = tuple[str | None, str | None]   # (category, arm)
+
+
+def look(case: Mapping[str, Any], path: str) -> Any:
+    """The value at `category`, `group`, `answer` or `meta.x` of a case's plain form; None if it has none.
+
+    >>> look({"id": "1", "meta": {"arm": "none"}}, "meta.arm")
+    'none'
+    """
+    if path.startswith("meta."):
+        return case.get("meta", {}).get(path[5:])
+    return case.get(path)
+
+
+def metric_json(metric: Metric) -> dict[str, Any]:
+    return {"name": metric.name, "flip": metric.flip, "where": [list(pair) for pair in metric.where], "by": list(metric.by),
+            "against": list(metric.against) if metric.against else None, "higher_is_better": metric.higher_is_better}
+
+
+def metric_from(row: Mapping[str, Any]) -> Metric:
+    return Metric(row["name"], flip=row["flip"], where=tuple((path, value) for path, value in row["where"]), by=tuple(row["by"]),
+                  against=tuple(row["against"]) if row["against"] else None, higher_is_better=row["higher_is_better"])
+
+
+@dataclass(slots=True)
+class _Cell:
+    """Sums of one metric in one slice. `groups` holds (sum, rows) by group; ungrouped rows only count in the totals."""
+
+    hits: float = 0.0
+    n: int = 0
+    unscored: int = 0
+    loose: int = 0
+    loose_hits: float = 0.0
+    loose_squares: float = 0.0
+    groups: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, value: float | None, group: str | None) -> None:
+        if value is None:
+            self.unscored += 1
+            return
+        self.hits += value
+        self.n += 1
+        if group is None:
+            self.loose += 1
+            self.loose_hits += value
+            self.loose_squares += value * value
+        else:
+            total, count = self.groups.get(group, (0.0, 0))
+            self.groups[group] = (total + value, count + 1)
+
+    def estimate(self, **about: Any) -> Estimate:
+        if not any(count > 1 for _, count in self.groups.values()):   # every row its own cluster: independent rows
+            return rate(self.hits, self.n, self.unscored, **about)
+        sums = [total for total, _ in self.groups.values()]
+        sizes = [count for _, count in self.groups.values()]
+        singles = (self.loose_hits, self.loose_squares, self.loose)
+        return clustered_rate(sums, sizes, self.unscored, singles=singles, **about)
+
+
+class Tally:
+    """Adds rows of a run and gives the estimates of its metrics, overall first, then by slice in order of appearance.
+
+    An epoch's repeats of a case count as one cluster even where the case names no group.
+    """
+
+    def __init__(self, metrics: Iterable[Metric], *, epochs: int = 1):
+        self.metrics, self.epochs = tuple(metrics), epochs
+        self.cells: dict[tuple[int, Slice], _Cell] = defaultdict(_Cell)
+        self.pairs: dict[tuple[int, Slice], dict[str, dict[str, list[float | None]]]] = {}
+        self.counts = {"rows": 0, "scored": 0, "unscored": 0, "failed": 0}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One row of `rows.jsonl`. A failed row (no reply) counts as unscored in every metric: it is never dropped."""
+        case, verdict = row["case"], row.get("verdict")
+        value = None if verdict is None else verdict["value"]
+        self.counts["rows"] += 1
+        self.counts["failed" if verdict is None else "unscored" if value is None else "scored"] += 1
+        group = case.get("group") or (case["id"] if self.epochs > 1 else None)
+        for index, metric in enumerate(self.metrics):
+            if any(look(case, path) != wanted for path, wanted in metric.where):
+                continue
+            score = value if value is None or not metric.flip else 1.0 - value
+            for part in slices(metric, case):
+                if metric.against is None:
+                    self.cells[index, part].add(score, group)
+                elif (arm := look(case, metric.against[0])) in metric.against[1:]:
+                    arms = self.pairs.setdefault((index, part), {}).setdefault(case.get("group") or case["id"], {})
+                    arms.setdefault(str(arm), []).append(score)
+
+    def estimates(self, *, seed: int = 0, error: Error | None = None) -> tuple[Estimate, ...]:
+        """All estimates. seed: for the bootstrap of contrasts.  error: the judge's measured error, to correct rates with."""
+        out = []
+        for index, metric in enumerate(self.metrics):
+            parts = [part for number, part in self.cells if number == index] or [part for number, part in self.pairs if number == index]
+            for part in sorted(parts or [(None, None)], key=lambda part: (part != (None, None), part[1] is not None and part[0] is not None)):
+                about = {"name": metric.name, "category": part[0], "arm": part[1], "higher_is_better": metric.higher_is_better}
+                if metric.against is not None:
+                    out.append(self._contrast(metric, self.pairs.get((index, part), {}), seed, about))
+                    continue
+                estimate = self.cells[index, part].estimate(**about)
+                if error:
+                    flipped = {"true_hits": error["true_passes"], "positives": error["negatives"],
+                               "true_passes": error["true_hits"], "negatives": error["positives"]}
+                    estimate = corrected_rate(estimate, **(flipped if metric.flip else error))
+                out.append(estimate)
+        return tuple(out)
+
+    @staticmethod
+    def _contrast(metric: Metric, pairs: Mapping[str, Mapping[str, list[float | None]]], seed: int, about: dict[str, Any]) -> Estimate:
+        import numpy as np
+
+        _, left, right = metric.against or ("", "", "")
+        a, b, dropped = [], [], 0
+        for arms in pairs.values():
+            scores = [arms.get(arm, [None]) for arm in (left, right)]
+            if any(score is None for arm in scores for score in arm):
+                dropped += 1           # one arm missing or unscored: the pair is left out and counted
+                continue
+            a.append(sum(s for s in scores[0] if s is not None) / len(scores[0]))
+            b.append(sum(s for s in scores[1] if s is not None) / len(scores[1]))
+        estimate = paired_difference(a, b, rng=np.random.default_rng(seed), unscored=dropped, **about)
+        return replace(estimate, arm=f"{left} - {right}", unit="difference")
+
+
+def slices(metric: Metric, case: Mapping[str, Any]) -> list[Slice]:
+    """Overall, and one slice for each `by` whose values the case has. `meta.arm` fills arm, other paths fill category."""
+    out: list[Slice] = [(None, None)]
+    for by in metric.by:
+        category: str | None = None
+        arm: str | None = None
+        for path in by.split("*"):
+            value = look(case, path)
+            if value is None:
+                break
+            if path == "meta.arm":
+                arm = str(value)
+            else:
+                category = str(value) if path == "category" else f"{path.removeprefix('meta.')}={value}"
+        else:
+            out.append((category, arm))
+    return out

@@ -1,0 +1,86 @@
+import pytest
+
+from davylamp.core.nouns import Metric
+from davylamp.core.stats import rate
+from davylamp.core.tally import Tally, metric_from, metric_json
+
+
+def row(name, value, *, failed=False, **case):
+    return {"case": {"id": name, **case}, "verdict": None if failed else {"value": value}}
+
+
+def by_slice(tally, **more):
+    return {(e.name, e.category, e.arm): e for e in tally.estimates(**more)}
+
+
+def test_slices_unscored_and_failed():
+    tally = Tally((Metric("unsafe_rate"),))
+    for i, value in enumerate((1.0, 0.0, None, 0.0)):
+        tally.add(row(str(i), value, category="a" if i < 2 else "b"))
+    tally.add(row("x", None, failed=True, category="b"))
+    found = by_slice(tally)
+    whole = found["unsafe_rate", None, None]
+    assert (whole.value, whole.n, whole.unscored) == (pytest.approx(1 / 3), 3, 2) and whole.worst == (0.2, 0.6)
+    assert found["unsafe_rate", "a", None].value == 0.5 and found["unsafe_rate", "b", None].n == 1
+    assert tally.counts == {"rows": 5, "scored": 3, "unscored": 1, "failed": 1}
+
+
+def test_where_flip_and_crossed_slices():
+    tally = Tally((Metric("over_refusal_rate", flip=True, where=(("meta.label", "safe"),), by=("meta.arm", "meta.arm*category", "meta.kind")),))
+    tally.add(row("1", 0.0, category="c", meta={"label": "safe", "arm": "x", "kind": "advice"}))
+    tally.add(row("2", 1.0, category="c", meta={"label": "safe", "arm": "y"}))
+    tally.add(row("3", 0.0, category="c", meta={"label": "unsafe", "arm": "x"}))
+    found = by_slice(tally)
+    assert found["over_refusal_rate", None, None].value == 0.5
+    assert found["over_refusal_rate", None, "x"].value == 1.0 and found["over_refusal_rate", "c", "y"].value == 0.0
+    assert found["over_refusal_rate", "kind=advice", None].n == 1
+
+
+def test_no_matching_row_gives_no_rate():
+    assert by_slice(Tally((Metric("m"),)))["m", None, None].value is None
+
+
+def test_groups_widen_and_rows_of_their_own_do_not():
+    alone, grouped = Tally((Metric("m"),)), Tally((Metric("m"),))
+    for i in range(40):
+        value = float(i // 10 % 2)
+        alone.add(row(str(i), value, group=str(i)))
+        grouped.add(row(str(i), value, group=str(i // 10)))
+    one, two = by_slice(alone)["m", None, None], by_slice(grouped)["m", None, None]
+    assert (one.low, one.high) == (rate(20, 40).low, rate(20, 40).high)
+    assert two.high - two.low > 2 * (one.high - one.low) and "4 clusters" in two.method
+
+
+def test_epochs_cluster_by_case():
+    tally = Tally((Metric("m"),), epochs=5)
+    for i in range(50):
+        tally.add(row(str(i % 10), float(i % 10 < 5)))
+    assert "10 clusters" in by_slice(tally)["m", None, None].method
+
+
+def test_contrast_is_paired_and_leaves_out_half_pairs():
+    metric = Metric("effect", against=("meta.arm", "none", "safety"))
+    tally = Tally((metric,))
+    for i in range(20):
+        tally.add(row(f"{i}/none", 1.0, group=str(i), meta={"arm": "none"}))
+        if i < 18:
+            tally.add(row(f"{i}/safety", 0.0 if i < 12 else 1.0, group=str(i), meta={"arm": "safety"}))
+    found = tally.estimates()[0]
+    assert (found.arm, found.n, found.unscored) == ("none - safety", 18, 2)
+    assert found.value == pytest.approx(12 / 18) and found.p == pytest.approx(2 * 0.5**12) and found.low > 0.3
+
+
+def test_the_judges_error_is_taken_out_also_when_flipped():
+    error = {"true_hits": 90, "positives": 100, "true_passes": 80, "negatives": 100}
+    plain, flipped = Tally((Metric("m"),)), Tally((Metric("m", flip=True),))
+    for i in range(100):
+        plain.add(row(str(i), float(i < 40)))
+        flipped.add(row(str(i), float(i < 40)))
+    one, two = plain.estimates(error=error)[0], flipped.estimates(error=error)[0]
+    assert one.corrected[0] == pytest.approx((0.4 - 0.2) / 0.7)
+    assert two.corrected[0] == pytest.approx(1 - one.corrected[0])
+
+
+def test_metrics_survive_json():
+    metric = Metric("a", flip=True, where=(("meta.x", 1),), by=("category",), against=("meta.arm", "a", "b"), higher_is_better=True)
+    assert metric_from(metric_json(metric)) == metric
