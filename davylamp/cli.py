@@ -1,14 +1,14 @@
 """The command line. It mirrors the Python: same names, same defaults. Results on stdout, talk on stderr.
 
+Longer than 400 lines because it is a list of commands, each a few lines of options, and a reader looks for them in one place.
 Exit codes: 0 done, 1 a claim or limit failed, 2 wrong usage, 3 could not run.
 """
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from davylamp.core.run import Limits
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -147,7 +148,7 @@ def evaluate_command(ctx: click.Context, name: str, target: str, judge: str | No
             await close(asked)
             await close(judging)
 
-    folder, record = asyncio.run(go())
+    folder, record = _await(go())
     decisions = _decide(rules, record)
     if not no_report:
         _report(folder, [folder], title=f"{record.name} on {target}", decisions=decisions)
@@ -172,7 +173,7 @@ def judge_bench(name: str, rows: Path, runs: Path, as_json: bool) -> None:
     """
     from davylamp.core.evaluate import bench_judge
 
-    folder, record = asyncio.run(bench_judge(name, rows, runs=runs, command=sys.argv[1:]))
+    folder, record = _await(bench_judge(name, rows, runs=runs, command=sys.argv[1:]))
     _print(folder, record, as_json)
 
 
@@ -193,7 +194,7 @@ def judge_ask(name: str, reply: str, request: str) -> None:
             return (await judging(messages)).json()
         finally:
             await judging.close()
-    _echo_json(asyncio.run(go()))
+    _echo_json(_await(go()))
 
 
 @main.command()
@@ -260,7 +261,7 @@ def rejudge(run: str, name: str, quiet: bool, runs: Path, as_json: bool) -> None
             return await judge_again(find_run(runs, run), judging, runs=runs, quiet=quiet, command=sys.argv[1:])
         finally:
             await judging.close()
-    folder, record = asyncio.run(go())
+    folder, record = _await(go())
     _report(folder, [folder], title=record.name)
     _print(folder, record, as_json)
 
@@ -385,6 +386,12 @@ def tour(runs: Path, quiet: bool) -> None:
     from davylamp.check import run_tour
 
     click.echo(str(run_tour(runs, quiet=quiet)))
+
+
+def _await(work: Coroutine[Any, Any, T]) -> T:
+    import asyncio      # a tenth of the start-up time, and `--help` needs none of it
+
+    return asyncio.run(work)
 
 
 def _extra(words: Sequence[str], name: str) -> dict[str, str]:
