@@ -5,6 +5,7 @@ loop (the limit), inspect_ai where it is installed. Ratios are medians over pair
 
     python benchmarks/runner.py [--rounds 5] [--json]
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -33,7 +34,9 @@ assert logs[0].status == "success", logs[0].error
 
 @contextlib.contextmanager
 def mock_server():
-    process = subprocess.Popen([sys.executable, str(HERE / "mock_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "mock_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -59,28 +62,65 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, mock_server() as url:
         rows = Path(folder) / "rows.jsonl"
-        rows.write_text("".join(json.dumps({"id": str(i), "messages": [{"role": "user", "content": f"Question number {i}: how are you?"}],
-                                            "category": f"demo/{i % 5}"}) + "\n" for i in range(args.rows)), encoding="utf-8")
+        rows.write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "id": str(i),
+                        "messages": [{"role": "user", "content": f"Question number {i}: how are you?"}],
+                        "category": f"demo/{i % 5}",
+                    }
+                )
+                + "\n"
+                for i in range(args.rows)
+            ),
+            encoding="utf-8",
+        )
         one = Path(folder) / "one.jsonl"
         one.write_text(rows.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
 
         def ours(path, round_):
-            return [sys.executable, "-m", "davylamp", "eval", str(path), "--target", f"openai/mock@{url}", "--judge", "refusal", "--width", "64",
-                    "--runs", f"{folder}/runs-{round_}-{path.stem}", "--quiet", "--json"]
-        plans = {"loop": lambda n: cpu_seconds([sys.executable, str(HERE / "bare_loop.py"), url, str(rows), "64", f"{folder}/out"]),
-                 "ours": lambda n: cpu_seconds(ours(rows, n)), "ours_one_row": lambda n: cpu_seconds(ours(one, n))}
+            return [
+                sys.executable,
+                "-m",
+                "davylamp",
+                "eval",
+                str(path),
+                "--target",
+                f"openai/mock@{url}",
+                "--judge",
+                "refusal",
+                "--width",
+                "64",
+                "--runs",
+                f"{folder}/runs-{round_}-{path.stem}",
+                "--quiet",
+                "--json",
+            ]
+
+        plans = {
+            "loop": lambda n: cpu_seconds(
+                [sys.executable, str(HERE / "bare_loop.py"), url, str(rows), "64", f"{folder}/out"]
+            ),
+            "ours": lambda n: cpu_seconds(ours(rows, n)),
+            "ours_one_row": lambda n: cpu_seconds(ours(one, n)),
+        }
         if importlib.util.find_spec("inspect_ai"):
             script = Path(folder) / "peer.py"
             script.write_text(INSPECT, encoding="utf-8")
-            plans["inspect"] = lambda n: cpu_seconds([sys.executable, str(script), url, str(rows), f"{folder}/logs"], MOCK_API_KEY="x")
+            plans["inspect"] = lambda n: cpu_seconds(
+                [sys.executable, str(script), url, str(rows), f"{folder}/logs"], MOCK_API_KEY="x"
+            )
         times = {name: [] for name in plans}
         for number in range(args.rounds):
             for name, plan in plans.items():
-                if name != "inspect" or number < 2:       # the peer is slow and steady: two rounds tell enough
+                if name != "inspect" or number < 2:  # the peer is slow and steady: two rounds tell enough
                     times[name].append(plan(number))
     middle = {name: statistics.median(values) for name, values in times.items()}
-    figures = {"ours_over_loop": statistics.median(a / b for a, b in zip(times["ours"], times["loop"], strict=True)),
-               **{f"{name}_cpu_s": value for name, value in middle.items()}}
+    figures = {
+        "ours_over_loop": statistics.median(a / b for a, b in zip(times["ours"], times["loop"], strict=True)),
+        **{f"{name}_cpu_s": value for name, value in middle.items()},
+    }
     if "inspect" in middle:
         figures["inspect_over_ours"] = middle["inspect"] / middle["ours"]
     figures = {name: round(value, 3) for name, value in figures.items()}

@@ -1,4 +1,8 @@
-"""`davylamp check`: a balanced set of suites on one or more targets, and one report. Safety is never shown without over-refusal and skill."""
+"""`davylamp check`: a balanced set of suites on one or more targets, and one report.
+
+Safety is never shown without over-refusal and skill beside it.
+"""
+
 from __future__ import annotations
 
 import asyncio
@@ -23,8 +27,14 @@ from davylamp.models.targets import load_target
 from davylamp.report.html import write_report
 
 #: Where a data folder may hold a suite's rows, relative to it.
-ROWS = {"simple_safety_tests": ("simple_safety_tests/sst_prompts.jsonl", "simple_safety_tests.csv", "simple_safety_tests.jsonl"),
-        "overrefusal": ("xstest/xstest_prompts.jsonl", "xstest.csv", "xstest.jsonl")}
+ROWS = {
+    "simple_safety_tests": (
+        "simple_safety_tests/sst_prompts.jsonl",
+        "simple_safety_tests.csv",
+        "simple_safety_tests.jsonl",
+    ),
+    "overrefusal": ("xstest/xstest_prompts.jsonl", "xstest.csv", "xstest.jsonl"),
+}
 ORGANISM = ("organism_hazards", "organism_lookalikes", "organism_capability")
 CHAT = ("simple_safety_tests", "overrefusal", "capability")
 
@@ -48,17 +58,35 @@ def plan(target: str, data: Path | None, limit: int | None) -> Plan:
         if found:
             options["rows"] = str(found[0])
         elif name == "simple_safety_tests":
-            out.skipped.append((name, "its 100 prompts are not shipped: give --data FOLDER with " + " or ".join(ROWS[name])))
+            out.skipped.append(
+                (name, "its 100 prompts are not shipped: give --data FOLDER with " + " or ".join(ROWS[name]))
+            )
             continue
         if name == "simple_safety_tests":
-            options |= {"arms": ("none",), "partial": True}    # one arm is what a gate looks at; a reduced copy is noted in the record
+            options |= {
+                "arms": ("none",),
+                "partial": True,
+            }  # one arm is what a gate looks at; a reduced copy is noted in the record
         out.suites.append(load_suite(name, options, limit=limit))
     return out
 
 
-def run_check(targets: Sequence[str], *, data: Path | None = None, judge: str | None = None, rules: Sequence[Rule] = (), dry_run: bool = False,
-              runs: Path = Path("runs"), seed: int = 0, epochs: int = 1, limit: int | None = None, settings: Mapping[str, Any] | None = None,
-              limits: Limits | None = None, quiet: bool = False, title: str = "") -> tuple[Path, Record, list[Decision]]:
+def run_check(
+    targets: Sequence[str],
+    *,
+    data: Path | None = None,
+    judge: str | None = None,
+    rules: Sequence[Rule] = (),
+    dry_run: bool = False,
+    runs: Path = Path("runs"),
+    seed: int = 0,
+    epochs: int = 1,
+    limit: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    quiet: bool = False,
+    title: str = "",
+) -> tuple[Path, Record, list[Decision]]:
     """Run the plan of every target; write the check's own record and the report over all. Returns folder, record and gate decisions.
 
     A target that fails is reported as such and does not stop the others; if nothing at all could be run, RunError is raised.
@@ -85,8 +113,18 @@ def run_check(targets: Sequence[str], *, data: Path | None = None, judge: str | 
                     own = find(("judge", "guard"), item.suite.judge.partition(":")[0])
                     judging = load_judge(judge if judge and own.kind == "guard" else item.suite.judge)
                     try:
-                        folder, record = await evaluate(item, asked, judging, runs=runs, seed=seed, epochs=epochs, settings=settings,
-                                                        limits=limits, quiet=quiet, command=sys.argv[1:])
+                        folder, record = await evaluate(
+                            item,
+                            asked,
+                            judging,
+                            runs=runs,
+                            seed=seed,
+                            epochs=epochs,
+                            settings=settings,
+                            limits=limits,
+                            quiet=quiet,
+                            command=sys.argv[1:],
+                        )
                         done.append((target, folder, record))
                     except RunError as problem:
                         skipped.append((f"{item.suite.name} on {target}", str(problem)))
@@ -95,26 +133,51 @@ def run_check(targets: Sequence[str], *, data: Path | None = None, judge: str | 
                         await close(judging)
             finally:
                 await close(asked)
+
     asyncio.run(go())
     if not done:
         raise RunError("nothing could be run. " + (skipped[-1][1] if skipped else ""))
-    record = new_record("check", "check", {"runs": sorted(record.id for _, _, record in done)}, parents=[r.id for _, _, r in done],
-                        command=sys.argv[1:], created=done[-1][2].about.get("created"), notes=[f"not run: {what}: {why}" for what, why in skipped])
-    record = replace(record, status="finished" if all(r.status == "finished" for _, _, r in done) and len(done) == sum(
-        len(chosen.suites) for chosen in plans.values()) else "incomplete", estimates=tuple(_headlines(done)),
-        counts=_sums(record.counts for _, _, record in done), cost=_sums(record.cost for _, _, record in done))
+    record = new_record(
+        "check",
+        "check",
+        {"runs": sorted(record.id for _, _, record in done)},
+        parents=[r.id for _, _, r in done],
+        command=sys.argv[1:],
+        created=done[-1][2].about.get("created"),
+        notes=[f"not run: {what}: {why}" for what, why in skipped],
+    )
+    record = replace(
+        record,
+        status="finished"
+        if all(r.status == "finished" for _, _, r in done)
+        and len(done) == sum(len(chosen.suites) for chosen in plans.values())
+        else "incomplete",
+        estimates=tuple(_headlines(done)),
+        counts=_sums(record.counts for _, _, record in done),
+        cost=_sums(record.cost for _, _, record in done),
+    )
     folder = folder_for(runs, record)
     save(folder, record)
     decisions = _decisions(rules, [record for _, _, record in done])
-    write_report(folder / "report.html", [path for _, path, _ in done], title=title or f"Check of {', '.join(targets)}", decisions=decisions,
-                 comparisons=_comparisons(done), skipped=skipped)
+    write_report(
+        folder / "report.html",
+        [path for _, path, _ in done],
+        title=title or f"Check of {', '.join(targets)}",
+        decisions=decisions,
+        comparisons=_comparisons(done),
+        skipped=skipped,
+    )
     return folder, record, decisions
 
 
 def _headlines(done: Sequence[tuple[str, Path, Record]]) -> list[Estimate]:
     """The overall estimates of every run; category holds the suite and arm the target."""
-    return [replace(estimate, category=record.name, arm=target) for target, _, record in done for estimate in record.estimates
-            if estimate.category is None and estimate.arm is None]
+    return [
+        replace(estimate, category=record.name, arm=target)
+        for target, _, record in done
+        for estimate in record.estimates
+        if estimate.category is None and estimate.arm is None
+    ]
 
 
 def _sums(parts: Any) -> dict[str, Any]:
@@ -130,7 +193,7 @@ def _decisions(rules: Sequence[Rule], records: Sequence[Record]) -> list[Decisio
     out = []
     for rule in rules:
         having = [record for record in records if any(estimate.name == rule.name for estimate in record.estimates)]
-        for record in having or records[:1]:      # no run has it: the first one raises the error with the nearest name
+        for record in having or records[:1]:  # no run has it: the first one raises the error with the nearest name
             out += decide(rule, record.estimates)
     return out
 
@@ -143,24 +206,40 @@ def _comparisons(done: Sequence[tuple[str, Path, Record]]) -> list[dict[str, Any
         for other in folders[1:]:
             try:
                 out.append(compare(folders[0], other))
-            except DavylampError:       # different options of one suite: shown side by side, not tested
+            except DavylampError:  # different options of one suite: shown side by side, not tested
                 continue
     return out
 
 
 def run_tour(runs: Path, *, quiet: bool = False) -> Path:
     """The chain on the embedded models, told step by step on stderr. Returns the report's path."""
+
     def say(text: str) -> None:
         click.echo(text, err=True)
-    say("davylamp tour\n\nFour language models of about a million parameters are built in. They live in a small made-up world whose hazards")
+
+    say(
+        "davylamp tour\n\nFour language models of about a million parameters are built in. They live in a small made-up world whose hazards"
+    )
     say("are fictional and exactly decidable, so that every number here has a known truth.\n")
     say("1. Check three of them: `helpful` answers everything, `aligned` refuses hazards, `reasoning` thinks first.")
-    folder, record, _ = run_check(("organism/helpful", "organism/aligned", "organism/reasoning"), runs=runs, quiet=quiet, title="Tour: three models, one lamp")
+    folder, record, _ = run_check(
+        ("organism/helpful", "organism/aligned", "organism/reasoning"),
+        runs=runs,
+        quiet=quiet,
+        title="Tour: three models, one lamp",
+    )
     shown = {(estimate.arm, estimate.name): estimate for estimate in record.estimates}
     for target in ("organism/helpful", "organism/aligned", "organism/reasoning"):
-        parts = [f"{name.replace('_', ' ')} {100 * (e.value or 0):.0f} % [{100 * (e.low or 0):.0f}, {100 * (e.high or 0):.0f}]"
-                 for (arm, name), e in shown.items() if arm == target]
+        parts = [
+            f"{name.replace('_', ' ')} {100 * (e.value or 0):.0f} % [{100 * (e.low or 0):.0f}, {100 * (e.high or 0):.0f}]"
+            for (arm, name), e in shown.items()
+            if arm == target
+        ]
         say(f"   {target:20} {', '.join(parts)}")
-    say("\n2. Read the report: intervals, worst rows (blurred until opened), comparisons, and how to run each part again.")
-    say("3. Try it on a model of yours: davylamp check openai/MODEL@http://HOST:PORT/v1   or   davylamp check hf/PATH\n")
+    say(
+        "\n2. Read the report: intervals, worst rows (blurred until opened), comparisons, and how to run each part again."
+    )
+    say(
+        "3. Try it on a model of yours: davylamp check openai/MODEL@http://HOST:PORT/v1   or   davylamp check hf/PATH\n"
+    )
     return folder / "report.html"

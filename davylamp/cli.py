@@ -3,6 +3,7 @@
 Longer than 400 lines because it is a list of commands, each a few lines of options, and a reader looks for them in one place.
 Exit codes: 0 done, 1 a claim or limit failed, 2 wrong usage, 3 could not run.
 """
+
 from __future__ import annotations
 
 import json
@@ -47,7 +48,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("davylamp: interrupted. All rows so far are kept: run the same command again to go on", err=True)
             raise SystemExit(3) from None
-        except BrokenPipeError:      # `davylamp list | head`
+        except BrokenPipeError:  # `davylamp list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
 
@@ -63,28 +64,56 @@ def main() -> None:
 
 def asks_target(command: F) -> F:
     """The options of every command that puts questions to a target."""
-    for option in reversed((
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first epoch."),
-        click.option("--epochs", type=int, default=1, show_default=True, help="Ask every case so often, with seeds seed, seed+1, …"),
-        click.option("--limit", type=int, help="Take only the first so many cases."),
-        click.option("--max-tokens", type=int, help="Longest reply, in tokens [default: the suite's]."),
-        click.option("--temperature", type=float, help="Sampling temperature [default: the suite's]."),
-        click.option("--set", "more", multiple=True, metavar="NAME=VALUE", help="Any other setting of the target, such as top_p=0.9."),
-        click.option("--width", type=int, default=32, show_default=True, help="Calls at a time."),
-        click.option("--tries", type=int, default=5, show_default=True, help="Attempts a row."),
-        click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds a call may take."),
-        click.option("--max-calls", type=int, help="Stop after so many calls."),
-        click.option("--max-tokens-total", type=int, help="Stop after so many tokens."),
-        click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of the run folders."),
-        click.option("--fail-if", "fail_if", multiple=True, metavar="LIMIT", help="Exit 1 if e.g. 'unsafe_rate.high > 0.05'."),
-        click.option("--quiet", is_flag=True, help="No progress on stderr."),
-    )):
+    for option in reversed(
+        (
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first epoch."),
+            click.option(
+                "--epochs",
+                type=int,
+                default=1,
+                show_default=True,
+                help="Ask every case so often, with seeds seed, seed+1, …",
+            ),
+            click.option("--limit", type=int, help="Take only the first so many cases."),
+            click.option("--max-tokens", type=int, help="Longest reply, in tokens [default: the suite's]."),
+            click.option("--temperature", type=float, help="Sampling temperature [default: the suite's]."),
+            click.option(
+                "--set",
+                "more",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="Any other setting of the target, such as top_p=0.9.",
+            ),
+            click.option("--width", type=int, default=32, show_default=True, help="Calls at a time."),
+            click.option("--tries", type=int, default=5, show_default=True, help="Attempts a row."),
+            click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds a call may take."),
+            click.option("--max-calls", type=int, help="Stop after so many calls."),
+            click.option("--max-tokens-total", type=int, help="Stop after so many tokens."),
+            click.option(
+                "--runs",
+                type=click.Path(path_type=Path),
+                default=Path("runs"),
+                show_default=True,
+                help="Folder of the run folders.",
+            ),
+            click.option(
+                "--fail-if", "fail_if", multiple=True, metavar="LIMIT", help="Exit 1 if e.g. 'unsafe_rate.high > 0.05'."
+            ),
+            click.option("--quiet", is_flag=True, help="No progress on stderr."),
+        )
+    ):
         command = option(command)
     return command
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-runs_option = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of the run folders.")
+runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of the run folders.",
+)
 
 
 @main.command()
@@ -95,15 +124,34 @@ runs_option = click.option("--runs", type=click.Path(path_type=Path), default=Pa
 @click.option("--dry-run", is_flag=True, help="Say what would be asked, and ask nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the report here.")
 @json_option
-def check(targets: tuple[str, ...], data: Path | None, judge: str | None, dry_run: bool, out: Path | None, as_json: bool,
-          fail_if: tuple[str, ...], **options: Any) -> None:
+def check(
+    targets: tuple[str, ...],
+    data: Path | None,
+    judge: str | None,
+    dry_run: bool,
+    out: Path | None,
+    as_json: bool,
+    fail_if: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Run a balanced set of suites on one or more TARGETS and write one report, side by side."""
     from davylamp.check import run_check
 
     rules = _rules(fail_if)
-    folder, record, decisions = run_check(targets, data=data, judge=judge, rules=rules, dry_run=dry_run, runs=options.pop("runs"),
-                                          seed=options["seed"], epochs=options["epochs"], limit=options["limit"],
-                                          settings=_settings(options), limits=_limits(options), quiet=options["quiet"])
+    folder, record, decisions = run_check(
+        targets,
+        data=data,
+        judge=judge,
+        rules=rules,
+        dry_run=dry_run,
+        runs=options.pop("runs"),
+        seed=options["seed"],
+        epochs=options["epochs"],
+        limit=options["limit"],
+        settings=_settings(options),
+        limits=_limits(options),
+        quiet=options["quiet"],
+    )
     if dry_run:
         return
     if out is not None:
@@ -115,14 +163,25 @@ def check(targets: tuple[str, ...], data: Path | None, judge: str | None, dry_ru
 @main.command("eval", context_settings=FREE)
 @click.argument("name")
 @click.option("--target", "-t", required=True, help="What is asked, e.g. openai/MODEL@URL, hf/PATH, organism/aligned.")
-@click.option("--judge", "-j", help="Judge or guard, e.g. refusal or llm_judge:model=openai/MODEL [default: the suite's].")
+@click.option(
+    "--judge", "-j", help="Judge or guard, e.g. refusal or llm_judge:model=openai/MODEL [default: the suite's]."
+)
 @asks_target
 @click.option("--dry-run", is_flag=True, help="Say what would be asked, and ask nothing.")
 @click.option("--no-report", is_flag=True, help="Write no report.html.")
 @json_option
 @click.pass_context
-def evaluate_command(ctx: click.Context, name: str, target: str, judge: str | None, dry_run: bool, no_report: bool, as_json: bool,
-                     fail_if: tuple[str, ...], **options: Any) -> None:
+def evaluate_command(
+    ctx: click.Context,
+    name: str,
+    target: str,
+    judge: str | None,
+    dry_run: bool,
+    no_report: bool,
+    as_json: bool,
+    fail_if: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Run suite NAME (or a rows file NAME.jsonl) on a target.
 
     A suite's own options follow its name: davylamp eval simple_safety_tests --rows FILE --target T. `davylamp show NAME` lists them.
@@ -136,14 +195,26 @@ def evaluate_command(ctx: click.Context, name: str, target: str, judge: str | No
     judging = load_judge(judge or loaded.suite.judge)
     if dry_run:
         calls = loaded.total * options["epochs"]
-        click.echo(f"{loaded.suite.name}: {loaded.total} cases x {options['epochs']} = {calls} calls to {target}, judged by {judging.name}")
+        click.echo(
+            f"{loaded.suite.name}: {loaded.total} cases x {options['epochs']} = {calls} calls to {target}, judged by {judging.name}"
+        )
         return
 
     async def go() -> tuple[Path, Record]:
         asked = load_target(target)
         try:
-            return await evaluate(loaded, asked, judging, runs=options["runs"], seed=options["seed"], epochs=options["epochs"],
-                                  settings=_settings(options), limits=_limits(options), quiet=options["quiet"], command=sys.argv[1:])
+            return await evaluate(
+                loaded,
+                asked,
+                judging,
+                runs=options["runs"],
+                seed=options["seed"],
+                epochs=options["epochs"],
+                settings=_settings(options),
+                limits=_limits(options),
+                quiet=options["quiet"],
+                command=sys.argv[1:],
+            )
         finally:
             await close(asked)
             await close(judging)
@@ -194,12 +265,15 @@ def judge_ask(name: str, reply: str, request: str) -> None:
             return (await judging(messages)).json()
         finally:
             await judging.close()
+
     _echo_json(_await(go()))
 
 
 @main.command()
 @click.argument("run", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write [default: report.html in the first run's folder].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where to write [default: report.html in the first run's folder]."
+)
 @click.option("--title", help="Headline of the report.")
 @runs_option
 def report(run: tuple[str, ...], out: Path | None, title: str | None, runs: Path) -> None:
@@ -226,8 +300,13 @@ def compare(a: str, b: str, out: Path | None, runs: Path, as_json: bool) -> None
     folders = find_run(runs, a), find_run(runs, b)
     found = compare_runs(*folders)
     if out is not None:
-        _report(out.parent, list(folders), title=f"{found['suite']}: {found['a']['target']} and {found['b']['target']}", path=out,
-                comparisons=[found])
+        _report(
+            out.parent,
+            list(folders),
+            title=f"{found['suite']}: {found['a']['target']} and {found['b']['target']}",
+            path=out,
+            comparisons=[found],
+        )
     if as_json:
         _echo_json(found)
         return
@@ -261,6 +340,7 @@ def rejudge(run: str, name: str, quiet: bool, runs: Path, as_json: bool) -> None
             return await judge_again(find_run(runs, run), judging, runs=runs, quiet=quiet, command=sys.argv[1:])
         finally:
             await judging.close()
+
     folder, record = _await(go())
     _report(folder, [folder], title=record.name)
     _print(folder, record, as_json)
@@ -288,7 +368,9 @@ def again(run: str, target: str | None, runs: Path) -> None:
 
 @main.command()
 @click.argument("name", metavar="STUDY")
-@click.option("--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How much to compute.")
+@click.option(
+    "--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How much to compute."
+)
 @click.option("--seeds", help="Seeds, e.g. 0,1,2 [default: the study's].")
 @runs_option
 @json_option
@@ -327,8 +409,12 @@ def annotate_export(run: str, out: Path, annotators: int, seed: int, runs: Path)
 
 @annotate.command("import")
 @click.argument("sheets", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--key", "key_file", required=True, type=click.Path(path_type=Path), help="The key file that export wrote.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Labelled rows, for `davylamp judge bench`.")
+@click.option(
+    "--key", "key_file", required=True, type=click.Path(path_type=Path), help="The key file that export wrote."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Labelled rows, for `davylamp judge bench`."
+)
 def annotate_import(sheets: tuple[Path, ...], key_file: Path, out: Path) -> None:
     """Join filled-in SHEETS into gold labels with their agreement, printed as JSON."""
     from davylamp.data.annotate import import_votes
@@ -360,7 +446,9 @@ def show(name: str, as_json: bool, runs: Path) -> None:
 @main.command()
 @click.argument("kind", type=click.Choice(["suite", "guard"]))
 @click.argument("name")
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Where to write [default: here].")
+@click.option(
+    "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Where to write [default: here]."
+)
 def new(kind: str, name: str, folder: Path) -> None:
     """Write a working suite or guard NAME, and its test, to start from."""
     from davylamp.show import new_files
@@ -389,7 +477,7 @@ def tour(runs: Path, quiet: bool) -> None:
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:
-    import asyncio      # a tenth of the start-up time, and `--help` needs none of it
+    import asyncio  # a tenth of the start-up time, and `--help` needs none of it
 
     return asyncio.run(work)
 
@@ -405,7 +493,9 @@ def _extra(words: Sequence[str], name: str) -> dict[str, str]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise InputError(f"{word!r} belongs to no option. A suite's options follow its name: davylamp eval {name} --option value")
+            raise InputError(
+                f"{word!r} belongs to no option. A suite's options follow its name: davylamp eval {name} --option value"
+            )
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
@@ -429,8 +519,13 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 def _limits(options: dict[str, Any]) -> Limits:
     from davylamp.core.run import Limits
 
-    return Limits(width=options["width"], tries=options["tries"], timeout=options["timeout"], max_calls=options["max_calls"],
-                  max_tokens=options["max_tokens_total"])
+    return Limits(
+        width=options["width"],
+        tries=options["tries"],
+        timeout=options["timeout"],
+        max_calls=options["max_calls"],
+        max_tokens=options["max_tokens_total"],
+    )
 
 
 def _rules(texts: Sequence[str]) -> list[Any]:
@@ -465,7 +560,7 @@ def _report(folder: Path, folders: Sequence[Path], *, title: str, path: Path | N
 
 
 def _echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=True))     # ASCII, so that no terminal or pipe trips over a reply
+    click.echo(json.dumps(value, indent=1, ensure_ascii=True))  # ASCII, so that no terminal or pipe trips over a reply
 
 
 def _print(folder: Path, record: Record, as_json: bool) -> None:
@@ -478,4 +573,3 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
 
         print_record(record)
     click.echo(f"{folder}/" + ("report.html" if (folder / "report.html").is_file() else "record.json"), err=True)
-

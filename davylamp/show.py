@@ -1,4 +1,5 @@
 """What `list`, `show`, `new` and `doctor` print, and how a record looks on a terminal."""
+
 from __future__ import annotations
 
 import json
@@ -13,12 +14,21 @@ import click
 from davylamp.core.errors import DavylampError, InputError, UnknownNameError
 from davylamp.core.needs import EXTRAS, missing
 from davylamp.core.nouns import Estimate, Record
-from davylamp.core.registry import FOLDERS, Entry, entries
 from davylamp.core.record import write_atomic
+from davylamp.core.registry import FOLDERS, Entry, entries
 
 ASSETS = Path(__file__).parent / "assets"
-PLURALS = {"data": "data", "train": "train", "edit": "edits", "interp": "interp", "suite": "suites", "attack": "attacks", "guard": "guards",
-           "judge": "judges", "study": "studies"}
+PLURALS = {
+    "data": "data",
+    "train": "train",
+    "edit": "edits",
+    "interp": "interp",
+    "suite": "suites",
+    "attack": "attacks",
+    "guard": "guards",
+    "judge": "judges",
+    "study": "studies",
+}
 
 CASE = """A case is one line of a .jsonl file:
   {"id": "1", "messages": [{"role": "user", "content": "…"}], "category": "aegis2/violence", "answer": "B", "group": "seed-1", "meta": {}}
@@ -43,12 +53,16 @@ def systems() -> dict[str, dict[str, str]]:
 def list_entries(kind: str | None, as_json: bool) -> None:
     if kind == "systems":
         built = {number for entry in entries() for number in entry.systems}
-        rows = [{"name": name, **row, "built": row["number"] in built} for name, row in systems().items()]
+        rows: list[dict[str, Any]] = [
+            {"name": name, **row, "built": row["number"] in built} for name, row in systems().items()
+        ]
         if as_json:
             click.echo(json.dumps(rows, indent=1))
         else:
             for row in rows:
-                click.echo(f"{row['number']}  {'built  ' if row['built'] else 'not yet'}  {row['name']:28} {row['title'][:70]}")
+                click.echo(
+                    f"{row['number']}  {'built  ' if row['built'] else 'not yet'}  {row['name']:28} {row['title'][:70]}"
+                )
         return
     singular = {plural: name for name, plural in PLURALS.items()} | {name: name for name in FOLDERS}
     if kind is not None and kind not in singular:
@@ -70,7 +84,9 @@ def show_name(name: str, as_json: bool, runs: Path) -> None:
         return
     known = systems()
     found = [entry for entry in entries() if entry.name == name]
-    system = next((slug for slug, row in known.items() if name in (row["number"], row["number"].lstrip("0"), slug)), None)
+    system = next(
+        (slug for slug, row in known.items() if name in (row["number"], row["number"].lstrip("0"), slug)), None
+    )
     if system is not None:
         _show_system(system, known[system], found, as_json)
     elif found:
@@ -96,9 +112,15 @@ def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json
     parts = [entry for entry in entries() if row["number"] in entry.systems]
     parts += [entry for entry in same_name if entry not in parts]
     if as_json:
-        click.echo(json.dumps({"name": name, **row, "built": bool(parts), "parts": [entry.json() for entry in parts]}, indent=1))
+        click.echo(
+            json.dumps(
+                {"name": name, **row, "built": bool(parts), "parts": [entry.json() for entry in parts]}, indent=1
+            )
+        )
         return
-    click.echo(f"{row['number']}  {row['title']}\narXiv:{row['arxiv']}   stage: {row['stage']}   page: docs/systems/{row['number']}-{name}.md")
+    click.echo(
+        f"{row['number']}  {row['title']}\narXiv:{row['arxiv']}   stage: {row['stage']}   page: docs/systems/{row['number']}-{name}.md"
+    )
     if not parts:
         click.echo("not built yet")
     for entry in parts:
@@ -110,18 +132,29 @@ def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json
 
 
 def _command(entry: Entry) -> str:
-    return {"suite": f"davylamp eval {entry.name} --target T", "guard": f"davylamp judge ask {entry.name} \"reply\"",
-            "judge": f"davylamp eval ROWS.jsonl --target T --judge {entry.name}", "study": f"davylamp study {entry.name}"}.get(
-                entry.kind, f"davylamp {entry.kind} {entry.name}")
+    return {
+        "suite": f"davylamp eval {entry.name} --target T",
+        "guard": f'davylamp judge ask {entry.name} "reply"',
+        "judge": f"davylamp eval ROWS.jsonl --target T --judge {entry.name}",
+        "study": f"davylamp study {entry.name}",
+    }.get(entry.kind, f"davylamp {entry.kind} {entry.name}")
 
 
 def _entry_text(entry: Entry) -> str:
     lines = [f"{entry.kind} {entry.name}  (version {entry.version})", "", entry.doc or "(no description)", ""]
-    lines += [f"  --{param.name.replace('_', '-')}  {param.type}  " + ("required" if param.required else f"[{param.default!r}]")
-              for param in entry.params]
-    lines += ["", f"measures: {entry.measures}" if entry.measures else "", f"stage: {entry.stage}   threats: {', '.join(entry.threats)}",
-              f"source: {entry.source}   licence: {entry.licence}" + (f"   needs: davylamp[{entry.needs}]" if entry.needs else ""),
-              f"command: {_command(entry)}"]
+    lines += [
+        f"  --{param.name.replace('_', '-')}  {param.type}  "
+        + ("required" if param.required else f"[{param.default!r}]")
+        for param in entry.params
+    ]
+    lines += [
+        "",
+        f"measures: {entry.measures}" if entry.measures else "",
+        f"stage: {entry.stage}   threats: {', '.join(entry.threats)}",
+        f"source: {entry.source}   licence: {entry.licence}"
+        + (f"   needs: davylamp[{entry.needs}]" if entry.needs else ""),
+        f"command: {_command(entry)}",
+    ]
     return "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1]))
 
 
@@ -132,12 +165,16 @@ def print_record(record: Record) -> None:
         click.echo("  " + estimate_line(estimate))
     for claim in record.claims:
         word = {True: "held", False: "NOT HELD", None: "NOT DECIDABLE"}[claim["held"]]
-        got = "no interval" if claim["low"] is None else f"{claim['value']:.3f} [{claim['low']:.3f}, {claim['high']:.3f}]"
+        got = (
+            "no interval" if claim["low"] is None else f"{claim['value']:.3f} [{claim['low']:.3f}, {claim['high']:.3f}]"
+        )
         click.echo(f"  {word:13} {'control ' if claim.get('control') else ''}{claim['text']}   got {got}")
     for note in record.about.get("notes", ()):
         click.echo(f"  note: {note}")
     if record.counts.get("failed") or record.counts.get("missing"):
-        click.echo(f"  {record.counts.get('failed', 0)} rows failed, {record.counts.get('missing', 0)} missing: run it again to ask only those")
+        click.echo(
+            f"  {record.counts.get('failed', 0)} rows failed, {record.counts.get('missing', 0)} missing: run it again to ask only those"
+        )
 
 
 def estimate_line(estimate: Estimate) -> str:
@@ -149,13 +186,21 @@ def estimate_line(estimate: Estimate) -> str:
     """
     part = " ".join(word for word in (estimate.category, estimate.arm) if word)
     label = f"{estimate.name}{f' [{part}]' if part else ''}"
-    scale, unit = (1.0, "") if estimate.unit not in ("rate", "difference") else (100.0, " pp" if estimate.unit == "difference" else " %")
+    scale, unit = (
+        (1.0, "")
+        if estimate.unit not in ("rate", "difference")
+        else (100.0, " pp" if estimate.unit == "difference" else " %")
+    )
     if estimate.value is None:
         text = "no scored rows"
     else:
         text = f"{scale * estimate.value:.1f}{unit}" if unit else f"{estimate.value:.4g}"
         if estimate.low is not None and estimate.high is not None:
-            text += f" [{scale * estimate.low:.1f}, {scale * estimate.high:.1f}]" if unit else f" [{estimate.low:.4g}, {estimate.high:.4g}]"
+            text += (
+                f" [{scale * estimate.low:.1f}, {scale * estimate.high:.1f}]"
+                if unit
+                else f" [{estimate.low:.4g}, {estimate.high:.4g}]"
+            )
     text += f"  n {estimate.n}"
     if estimate.unscored:
         text += f", {estimate.unscored} unscored"
@@ -187,7 +232,13 @@ def doctor(as_json: bool) -> None:
     rows: list[dict[str, Any]] = [{"what": "python", "ok": sys.version_info >= (3, 11), "say": sys.version.split()[0]}]
     for extra in EXTRAS:
         absent = missing(extra)
-        rows.append({"what": f"davylamp[{extra}]", "ok": not absent, "say": f"missing {', '.join(absent)}: pip install 'davylamp[{extra}]'" if absent else "installed"})
+        rows.append(
+            {
+                "what": f"davylamp[{extra}]",
+                "ok": not absent,
+                "say": f"missing {', '.join(absent)}: pip install 'davylamp[{extra}]'" if absent else "installed",
+            }
+        )
     try:
         rows.append({"what": "registry", "ok": True, "say": f"{sum(1 for _ in entries())} things"})
     except DavylampError as error:
@@ -197,4 +248,3 @@ def doctor(as_json: bool) -> None:
     else:
         for row in rows:
             click.echo(f"{'ok ' if row['ok'] else '-- '} {row['what']:20} {row['say']}")
-

@@ -1,4 +1,5 @@
 """One torch thread, no network but loopback, and the folder of public rows where there is one."""
+
 import os
 import socket
 from pathlib import Path

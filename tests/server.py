@@ -1,4 +1,5 @@
 """An OpenAI-compatible server on loopback that answers as it is told, also badly. Runs in a thread of its own."""
+
 import asyncio
 import json
 import threading
@@ -10,9 +11,13 @@ from aiohttp import web
 def say(text, **more):
     """A well-formed chat completion."""
     message = {"role": "assistant", "content": text, **more.pop("message", {})}
-    return web.json_response({
-        "choices": [{"message": message, "finish_reason": more.pop("finish", "stop")}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2}, **more})
+    return web.json_response(
+        {
+            "choices": [{"message": message, "finish_reason": more.pop("finish", "stop")}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+            **more,
+        }
+    )
 
 
 class Server:

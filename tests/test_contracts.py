@@ -1,4 +1,5 @@
 """What every thing in the registry owes, checked on all of them; a new thing is tested before its author writes a test."""
+
 import asyncio
 
 import pytest
@@ -14,8 +15,20 @@ from davylamp.core.taxonomy import names, node
 
 ALL = builtin()
 MEASURES = {"complied", "refused", "unsafe", "correct"}
-NEED_DATA = {"simple_safety_tests"}       # its rows are the user's; tests/suites checks it with a stand-in
-HOSTILE = ("", " ", "\x00", "a" * 100_000, "\u202egnirts", "🙂" * 50, "<think>only a thought", "{'json': [", "\ud800", "١٢٣ 拒绝", "</s><|im_end|>")
+NEED_DATA = {"simple_safety_tests"}  # its rows are the user's; tests/suites checks it with a stand-in
+HOSTILE = (
+    "",
+    " ",
+    "\x00",
+    "a" * 100_000,
+    "\u202egnirts",
+    "🙂" * 50,
+    "<think>only a thought",
+    "{'json': [",
+    "\ud800",
+    "١٢٣ 拒绝",
+    "</s><|im_end|>",
+)
 
 
 def of(*kinds):
@@ -58,11 +71,20 @@ def test_suites(entry):
     assert judge.measures in MEASURES
     for metric in suite.metrics:
         for path, wanted in metric.where:
-            assert any((case.meta.get(path[5:]) if path.startswith("meta.") else getattr(case, path)) == wanted for case in cases), metric
+            assert any(
+                (case.meta.get(path[5:]) if path.startswith("meta.") else getattr(case, path)) == wanted
+                for case in cases
+            ), metric
 
 
-@pytest.mark.parametrize("entry", [p for p in of("guard", "judge") if not any(param.required for param in p.values[0].params)
-                                   and not missing(p.values[0].needs or "hf")])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        p
+        for p in of("guard", "judge")
+        if not any(param.required for param in p.values[0].params) and not missing(p.values[0].needs or "hf")
+    ],
+)
 def test_judges_are_calm_before_hostile_replies(entry):
     judge = load_judge(entry.name)
     assert judge.measures in MEASURES
@@ -77,6 +99,7 @@ def test_judges_are_calm_before_hostile_replies(entry):
                 continue
             assert isinstance(verdicts[0], Verdict) and verdicts[0] == verdicts[1]
         await judge.close()
+
     asyncio.run(go())
 
 
@@ -89,4 +112,5 @@ def test_an_empty_reply_is_no_class(entry):
             return (await judge((Message("user", "x"), Message("assistant", "")))).value
         finally:
             await judge.close()
+
     assert asyncio.run(go()) is None

@@ -1,4 +1,5 @@
 """Nothing leaves the machine unless a remote target was named."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,19 @@ socket.getaddrinfo = refuse
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["show", "case"], ["doctor"], ["judge", "ask", "refusal", "no"],
-                                   ["check", "openai/x", "--dry-run"], ["eval", "capability", "--target", "openai/x", "--dry-run"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["list"],
+        ["show", "case"],
+        ["doctor"],
+        ["judge", "ask", "refusal", "no"],
+        ["check", "openai/x", "--dry-run"],
+        ["eval", "capability", "--target", "openai/x", "--dry-run"],
+    ],
+    ids=" ".join,
+)
 def test_commands_that_need_no_target_stay_here(tmp_path, words):
     code = GUARD + f"from davylamp.cli import main\nmain({words!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -24,12 +36,18 @@ def test_commands_that_need_no_target_stay_here(tmp_path, words):
 
 def test_no_address_stands_in_the_code_but_the_default_api():
     import re
-    found = {(path.name, url) for path in ROOT.rglob("*.py") for url in re.findall(r"https?://[\w.-]+\.\w{2,}", path.read_text(encoding="utf-8"))}
+
+    found = {
+        (path.name, url)
+        for path in ROOT.rglob("*.py")
+        for url in re.findall(r"https?://[\w.-]+\.\w{2,}", path.read_text(encoding="utf-8"))
+    }
     allowed = {"api.openai.com", "commentanalyzer.googleapis.com", "example.com", "schema.org", "www.w3.org"}
     assert not {(name, url) for name, url in found if url.split("//")[1] not in allowed}
 
 
 def test_the_api_key_is_not_part_of_an_identity(monkeypatch):
     from davylamp.models.openai import OpenAITarget
+
     monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
     assert "very-secret" not in repr(OpenAITarget("m").identity)

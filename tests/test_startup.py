@@ -1,13 +1,27 @@
 """What a fresh interpreter loads. Time itself is measured in benchmarks/startup.py."""
+
 import subprocess
 import sys
 
 import pytest
 
-FORBIDDEN = ("torch", "transformers", "aiohttp", "numpy", "jinja2", "datasets", "inspect_ai", "sklearn", "scipy", "asyncio")
+FORBIDDEN = (
+    "torch",
+    "transformers",
+    "aiohttp",
+    "numpy",
+    "jinja2",
+    "datasets",
+    "inspect_ai",
+    "sklearn",
+    "scipy",
+    "asyncio",
+)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "--json"], ["show", "08"], ["eval", "--help"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["list"], ["list", "--json"], ["show", "08"], ["eval", "--help"], ["doctor"]], ids=" ".join
+)
 def test_light_commands_load_nothing_heavy(words):
     code = f"""
 import sys

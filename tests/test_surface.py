@@ -1,4 +1,5 @@
 """The public surface is `davylamp.core`'s, exactly, and every public thing is documented."""
+
 import inspect
 
 import davylamp.core as core

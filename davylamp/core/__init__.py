@@ -1,4 +1,5 @@
 """The nouns, decorators and errors: `from davylamp.core import Message, Verdict, guard`."""
+
 from davylamp.core.errors import BudgetError as BudgetError
 from davylamp.core.errors import DavylampError as DavylampError
 from davylamp.core.errors import InputError as InputError
@@ -28,7 +29,31 @@ from davylamp.core.registry import suite as suite
 from davylamp.core.registry import train as train
 
 __all__ = [
-    "BudgetError", "Case", "Claim", "DavylampError", "Estimate", "Finding", "InputError", "Judge", "Message", "Metric",
-    "NeedsError", "Record", "RunError", "Suite", "Target", "TargetError", "UnknownNameError", "Verdict", "attack", "data",
-    "edit", "guard", "interp", "judge", "study", "suite", "train",
+    "BudgetError",
+    "Case",
+    "Claim",
+    "DavylampError",
+    "Estimate",
+    "Finding",
+    "InputError",
+    "Judge",
+    "Message",
+    "Metric",
+    "NeedsError",
+    "Record",
+    "RunError",
+    "Suite",
+    "Target",
+    "TargetError",
+    "UnknownNameError",
+    "Verdict",
+    "attack",
+    "data",
+    "edit",
+    "guard",
+    "interp",
+    "judge",
+    "study",
+    "suite",
+    "train",
 ]

@@ -8,6 +8,7 @@ DavylampError                 exit 3   could not run
 ├── BudgetError               exit 3   the run's limit of calls or tokens is reached
 └── RunError                  exit 3   the run cannot go on: folder in use, disk full, target down
 """
+
 from __future__ import annotations
 
 import difflib

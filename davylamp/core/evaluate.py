@@ -1,4 +1,5 @@
 """One evaluation from end to end: a suite, a target and a judge become a run folder with rows and a record."""
+
 from __future__ import annotations
 
 import hashlib
@@ -22,8 +23,12 @@ from davylamp.core.run import Limits, Progress, collect, progress_on_stderr
 from davylamp.core.tally import Tally, metric_from, metric_json
 
 #: What a rows file without a suite is scored by, from what its judge measures.
-PLAIN_METRICS = {"complied": Metric("compliance_rate"), "refused": Metric("refusal_rate"), "unsafe": Metric("unsafe_rate"),
-                 "correct": Metric("accuracy", higher_is_better=True)}
+PLAIN_METRICS = {
+    "complied": Metric("compliance_rate"),
+    "refused": Metric("refusal_rate"),
+    "unsafe": Metric("unsafe_rate"),
+    "correct": Metric("accuracy", higher_is_better=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,9 @@ def load_suite(name: str, options: Mapping[str, Any] | None = None, *, limit: in
             raise InputError(f"a rows file takes no options, got {', '.join(options)}")
         cases = CaseFile(name)
         first = next(iter(cases))
-        suite = Suite(name=cases.path.stem, cases=cases, judge="refusal" if first.answer is None else "includes", metrics=())
+        suite = Suite(
+            name=cases.path.stem, cases=cases, judge="refusal" if first.answer is None else "includes", metrics=()
+        )
         identity: dict[str, Any] = {"name": suite.name, "version": 1, "options": {}}
     else:
         entry = find("suite", name)
@@ -79,9 +86,19 @@ def metrics_of(suite: Suite, judge: LoadedJudge) -> tuple[Metric, ...]:
     return suite.metrics or (PLAIN_METRICS.get(judge.measures, Metric(judge.measures)),)
 
 
-async def evaluate(loaded: LoadedSuite, target: Target, judge: LoadedJudge, *, runs: Path, seed: int = 0, epochs: int = 1,
-                   settings: Mapping[str, Any] | None = None, limits: Limits | None = None, quiet: bool = False,
-                   command: Sequence[str] = ()) -> tuple[Path, Record]:
+async def evaluate(
+    loaded: LoadedSuite,
+    target: Target,
+    judge: LoadedJudge,
+    *,
+    runs: Path,
+    seed: int = 0,
+    epochs: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    quiet: bool = False,
+    command: Sequence[str] = (),
+) -> tuple[Path, Record]:
     """Run (or go on with) the evaluation and return its folder and record.
 
     Whatever ends it early (budget, target down, full disk, Ctrl-C), the record is written first with status `incomplete` or
@@ -92,8 +109,14 @@ async def evaluate(loaded: LoadedSuite, target: Target, judge: LoadedJudge, *, r
     metrics = metrics_of(suite, judge)
     if epochs < 1:
         raise InputError(f"epochs must be 1 or more, got {epochs}")
-    inputs = {"suite": {**loaded.identity, "metrics": [metric_json(metric) for metric in metrics]}, "target": dict(target.identity),
-              "judge": dict(judge.identity), "settings": asked, "seed": seed, "epochs": epochs}
+    inputs = {
+        "suite": {**loaded.identity, "metrics": [metric_json(metric) for metric in metrics]},
+        "target": dict(target.identity),
+        "judge": dict(judge.identity),
+        "settings": asked,
+        "seed": seed,
+        "epochs": epochs,
+    }
     record = new_record("eval", suite.name, inputs, command=list(command), created=_now(), notes=list(suite.notes))
     folder = folder_for(runs, record)
     log = RowLog(folder / "rows.jsonl")
@@ -104,13 +127,30 @@ async def evaluate(loaded: LoadedSuite, target: Target, judge: LoadedJudge, *, r
         save(folder, record)
         try:
             async with progress_on_stderr(progress, f"{suite.name} {target.name}", quiet=quiet):
-                await collect(suite.cases, target, judge, log, seed=seed, epochs=epochs, settings=asked, play=suite.play,
-                              limits=limits, progress=progress)
+                await collect(
+                    suite.cases,
+                    target,
+                    judge,
+                    log,
+                    seed=seed,
+                    epochs=epochs,
+                    settings=asked,
+                    play=suite.play,
+                    limits=limits,
+                    progress=progress,
+                )
         except (DavylampError, KeyboardInterrupt) as stopped:
             problem = stopped
-        record = finish(folder, record, metrics, epochs=epochs, runs=runs, expected=loaded.total * epochs,
-                        interrupted=isinstance(problem, KeyboardInterrupt),
-                        cost={"calls": progress.calls, "tokens": progress.tokens, "seconds": round(time.monotonic() - started, 3)})
+        record = finish(
+            folder,
+            record,
+            metrics,
+            epochs=epochs,
+            runs=runs,
+            expected=loaded.total * epochs,
+            interrupted=isinstance(problem, KeyboardInterrupt),
+            cost={"calls": progress.calls, "tokens": progress.tokens, "seconds": round(time.monotonic() - started, 3)},
+        )
     finally:
         log.close()
     if problem is not None:
@@ -118,8 +158,17 @@ async def evaluate(loaded: LoadedSuite, target: Target, judge: LoadedJudge, *, r
     return folder, record
 
 
-def finish(folder: Path, record: Record, metrics: Sequence[Metric], *, epochs: int, runs: Path, expected: int | None = None,
-           interrupted: bool = False, cost: Mapping[str, float] | None = None) -> Record:
+def finish(
+    folder: Path,
+    record: Record,
+    metrics: Sequence[Metric],
+    *,
+    epochs: int,
+    runs: Path,
+    expected: int | None = None,
+    interrupted: bool = False,
+    cost: Mapping[str, float] | None = None,
+) -> Record:
     """Count the rows of the folder, set estimates, counts, cost and status, and write the record."""
     tally = Tally(metrics, epochs=epochs)
     for row in read_run(folder / "rows.jsonl"):
@@ -128,10 +177,14 @@ def finish(folder: Path, record: Record, metrics: Sequence[Metric], *, epochs: i
     spent = {name: round(record.cost.get(name, 0) + value, 3) for name, value in (cost or {}).items()}
     missing = 0 if expected is None else max(0, expected - tally.counts["rows"])
     whole = not interrupted and not missing and not tally.counts["failed"]
-    record = replace(record, estimates=tally.estimates(seed=int(record.id[:8], 16), error=error and error["counts"]),
-                     counts={**tally.counts, "missing": missing}, cost=spent or record.cost,
-                     status="interrupted" if interrupted else "finished" if whole else "incomplete",
-                     about={**record.about, **({"judge_error": error} if error else {})})
+    record = replace(
+        record,
+        estimates=tally.estimates(seed=int(record.id[:8], 16), error=error and error["counts"]),
+        counts={**tally.counts, "missing": missing},
+        cost=spent or record.cost,
+        status="interrupted" if interrupted else "finished" if whole else "incomplete",
+        about={**record.about, **({"judge_error": error} if error else {})},
+    )
     save(folder, record)
     return record
 
@@ -141,7 +194,9 @@ def _continued(folder: Path, record: Record) -> Record:
     if not (folder / "record.json").is_file():
         return record
     earlier = load(folder)
-    return replace(record, cost=earlier.cost, about={**record.about, "created": earlier.about.get("created"), "continued": _now()})
+    return replace(
+        record, cost=earlier.cost, about={**record.about, "created": earlier.about.get("created"), "continued": _now()}
+    )
 
 
 def _now() -> str:
@@ -161,12 +216,23 @@ def judge_error(runs: Path, judge: Mapping[str, Any]) -> dict[str, Any] | None:
         row = json.loads(shipped.read_text(encoding="utf-8"))
         if digest(row["judge"]) == wanted:
             names = ("true_hits", "positives", "true_passes", "negatives")
-            return {"from": "shipped", "rows": "davylamp's own labelled replies", "counts": {name: row[name] for name in names}}
+            return {
+                "from": "shipped",
+                "rows": "davylamp's own labelled replies",
+                "counts": {name: row[name] for name in names},
+            }
     return None
 
 
-async def rejudge(folder: Path, judge: LoadedJudge, *, runs: Path, limits: Limits | None = None, quiet: bool = False,
-                  command: Sequence[str] = ()) -> tuple[Path, Record]:
+async def rejudge(
+    folder: Path,
+    judge: LoadedJudge,
+    *,
+    runs: Path,
+    limits: Limits | None = None,
+    quiet: bool = False,
+    command: Sequence[str] = (),
+) -> tuple[Path, Record]:
     """Judge the replies of a run again, asking the target nothing. The new record's id is that of an evaluation by this judge."""
     old = load(folder)
     if old.verb != "eval":
@@ -176,16 +242,25 @@ async def rejudge(folder: Path, judge: LoadedJudge, *, runs: Path, limits: Limit
     if len(metrics) == 1 and metrics[0].name in same:
         metrics = (PLAIN_METRICS.get(judge.measures, Metric(judge.measures)),)
     suite = {**old.inputs["suite"], "metrics": [metric_json(metric) for metric in metrics]}
-    record = new_record("eval", old.name, {**old.inputs, "suite": suite, "judge": dict(judge.identity)}, parents=(old.id,),
-                        command=list(command), created=_now(), notes=list(old.about.get("notes", ())))
+    record = new_record(
+        "eval",
+        old.name,
+        {**old.inputs, "suite": suite, "judge": dict(judge.identity)},
+        parents=(old.id,),
+        command=list(command),
+        created=_now(),
+        notes=list(old.about.get("notes", ())),
+    )
     new = folder_for(runs, record)
     if new.resolve() == folder.resolve():
         raise InputError(f"{folder.name} was judged by exactly this judge already: nothing to do")
     log = RowLog(new / "rows.jsonl")
     try:
-        for row in read_run(folder / "rows.jsonl"):       # the replies first, as rows that only lack a verdict
+        for row in read_run(folder / "rows.jsonl"):  # the replies first, as rows that only lack a verdict
             if row["key"] not in log.state:
-                rest = canonical({**{name: row[name] for name in ("case", "seed", "seconds", "reply")}, "verdict": None})
+                rest = canonical(
+                    {**{name: row[name] for name in ("case", "seed", "seconds", "reply")}, "verdict": None}
+                )
                 log.append(f'{{"key":"{row["key"]}",{rest[1:]}')
         save(new, record)
     finally:
@@ -195,10 +270,21 @@ async def rejudge(folder: Path, judge: LoadedJudge, *, runs: Path, limits: Limit
     try:
         progress = Progress(total=old.counts["rows"])
         async with progress_on_stderr(progress, f"rejudge {old.name}", quiet=quiet):
-            await collect(_RowCases(folder / "rows.jsonl", seed), _Replay(old.inputs["target"]), judge, log, seed=seed, epochs=epochs,
-                          settings=old.inputs["settings"], limits=replace(limits or Limits(), tries=1, give_up=2**31), progress=progress)
+            await collect(
+                _RowCases(folder / "rows.jsonl", seed),
+                _Replay(old.inputs["target"]),
+                judge,
+                log,
+                seed=seed,
+                epochs=epochs,
+                settings=old.inputs["settings"],
+                limits=replace(limits or Limits(), tries=1, give_up=2**31),
+                progress=progress,
+            )
     finally:
-        record = finish(new, record, metrics, epochs=epochs, runs=runs, expected=old.counts["rows"] + old.counts.get("missing", 0))
+        record = finish(
+            new, record, metrics, epochs=epochs, runs=runs, expected=old.counts["rows"] + old.counts.get("missing", 0)
+        )
         log.close()
     return new, record
 
@@ -231,9 +317,11 @@ async def bench_judge(spec: str, rows: Path, *, runs: Path, command: Sequence[st
     judge = load_judge(spec)
     cases = CaseFile(rows)
     counts = {"true_hits": 0, "positives": 0, "true_passes": 0, "negatives": 0}
-    metrics = (Metric("sensitivity", where=(("answer", 1),), higher_is_better=True),
-               Metric("specificity", where=(("answer", 0),), flip=True, higher_is_better=True),
-               Metric("agreement", higher_is_better=True))
+    metrics = (
+        Metric("sensitivity", where=(("answer", 1),), higher_is_better=True),
+        Metric("specificity", where=(("answer", 0),), flip=True, higher_is_better=True),
+        Metric("agreement", higher_is_better=True),
+    )
     sums = [Tally((metric,)) for metric in metrics]
     unscored, state = 0, hashlib.sha256()
     try:
@@ -259,8 +347,13 @@ async def bench_judge(spec: str, rows: Path, *, runs: Path, command: Sequence[st
     record = new_record("judge", judge.name, inputs, command=list(command), created=_now(), confusion=counts)
     estimates = tuple(estimate for tally in sums for estimate in tally.estimates())
     total = sums[2].counts["rows"]
-    record = replace(record, status="finished", estimates=estimates, cost={},
-                     counts={"rows": total, "scored": total - unscored, "unscored": unscored, "failed": 0})
+    record = replace(
+        record,
+        status="finished",
+        estimates=estimates,
+        cost={},
+        counts={"rows": total, "scored": total - unscored, "unscored": unscored, "failed": 0},
+    )
     folder = folder_for(runs, record)
     save(folder, record)
     return folder, record
@@ -282,5 +375,3 @@ async def close(thing: Any) -> None:
         result = closing()
         if inspect.isawaitable(result):
             await result
-
-

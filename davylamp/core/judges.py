@@ -2,6 +2,7 @@
 
 A judge's name may carry options: `choice`, `refusal:languages=en`, `llm_judge:model=openai/gpt-4o,rubric=harm`, `my_guard.py:mine`.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -57,7 +58,7 @@ def load_judge(spec: str) -> LoadedJudge:
     entry = find(("judge", "guard"), name)
     options = entry.options(given)
     function = entry.load()(**options)
-    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(type(function).__call__):
         raise InputError(f"{name} must return an async function (messages, case=None), got {type(function).__name__}")
     identity = {"name": entry.name, "version": entry.version, "options": options, **getattr(function, "identity", {})}
     return LoadedJudge(entry.name, entry.measures or "value", identity, function, getattr(function, "batch", None))
@@ -79,19 +80,37 @@ def _key(case: Case | None, who: str) -> list[str]:
     return [str(answer) for answer in (case.answer if isinstance(case.answer, list) else [case.answer])]
 
 
-@judge(version=1, source="this repository", licence="Apache-2.0", stage="evaluation", threats=("capability-loss",), measures="correct")
-def exact(*, ignore_case: bool = True):
+@judge(
+    version=1,
+    source="this repository",
+    licence="Apache-2.0",
+    stage="evaluation",
+    threats=("capability-loss",),
+    measures="correct",
+)
+def exact(*, ignore_case: bool = True) -> JudgeFunction:
     """1.0 if the reply equals the answer (or one of a list of answers), apart from case, spacing and punctuation; else 0.0."""
+
     async def judge_exact(messages: Sequence[Message], case: Case | None = None) -> Verdict:
         def form(text: str) -> str:
             return normalise(text) if ignore_case else " ".join(text.split())
+
         return Verdict(float(form(messages[-1].text) in {form(answer) for answer in _key(case, "exact")}))
+
     return judge_exact
 
 
-@judge(version=1, source="this repository", licence="Apache-2.0", stage="evaluation", threats=("capability-loss",), measures="correct")
-def includes(*, last: bool = False):
+@judge(
+    version=1,
+    source="this repository",
+    licence="Apache-2.0",
+    stage="evaluation",
+    threats=("capability-loss",),
+    measures="correct",
+)
+def includes(*, last: bool = False) -> JudgeFunction:
     """1.0 if the reply holds the answer as whole words, anywhere, or with `last` at its end; None if the reply is empty."""
+
     async def judge_includes(messages: Sequence[Message], case: Case | None = None) -> Verdict:
         reply = normalise(messages[-1].text)
         keys = [normalise(answer) for answer in _key(case, "includes")]
@@ -102,12 +121,19 @@ def includes(*, last: bool = False):
         padded = f" {reply} "
         # Scripts without spaces (Chinese, Thai) have no word ends, so there a plain occurrence counts.
         return Verdict(float(any(f" {key} " in padded or (not key.isascii() and key in reply) for key in keys)))
+
     return judge_includes
 
 
-
-@judge(version=1, source="this repository", licence="Apache-2.0", stage="evaluation", threats=("capability-loss",), measures="correct")
-def choice(*, letters: str = "ABCD"):
+@judge(
+    version=1,
+    source="this repository",
+    licence="Apache-2.0",
+    stage="evaluation",
+    threats=("capability-loss",),
+    measures="correct",
+)
+def choice(*, letters: str = "ABCD") -> JudgeFunction:
     """1.0 if the letter the reply settles on is the answer's letter; None if no letter, or more than one, can be read.
 
     Read in this order: the whole reply is a letter; the letter after the last "answer is"/"answer:"; a letter that opens the reply;
@@ -132,4 +158,5 @@ def choice(*, letters: str = "ABCD"):
         if len(picked) != 1:
             return Verdict(None, label="unreadable", why=f"{len(picked)} letters could be the answer")
         return Verdict(float(picked == {key}))
+
     return judge_choice

@@ -1,4 +1,5 @@
 """Optional packages, by extra. A missing one says what to type."""
+
 from __future__ import annotations
 
 import importlib.util

@@ -2,6 +2,7 @@
 
 Message  Case  Target  Judge  Verdict  Suite (with its Metrics)  Finding  Estimate  Claim  Record
 """
+
 from __future__ import annotations
 
 import math
@@ -95,7 +96,7 @@ class Verdict:
     why: str = ""
 
     def __post_init__(self) -> None:
-        if self.value is not None and not (0.0 <= self.value <= 1.0):   # NaN fails the comparison too
+        if self.value is not None and not (0.0 <= self.value <= 1.0):  # NaN fails the comparison too
             raise InputError(f"a verdict's value must be in [0, 1] or None, got {self.value}")
 
     def json(self) -> dict[str, Any]:
@@ -209,10 +210,22 @@ class Estimate:
     p: float | None = None
 
     def json(self) -> dict[str, Any]:
-        return {"name": self.name, "category": self.category, "arm": self.arm, "value": self.value, "low": self.low,
-                "high": self.high, "n": self.n, "unscored": self.unscored, "worst": list(self.worst) if self.worst else None,
-                "corrected": list(self.corrected) if self.corrected else None, "p": self.p, "method": self.method,
-                "unit": self.unit, "higher_is_better": self.higher_is_better}
+        return {
+            "name": self.name,
+            "category": self.category,
+            "arm": self.arm,
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "n": self.n,
+            "unscored": self.unscored,
+            "worst": list(self.worst) if self.worst else None,
+            "corrected": list(self.corrected) if self.corrected else None,
+            "p": self.p,
+            "method": self.method,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +259,11 @@ class Claim:
 
     def held(self, estimate: Estimate) -> bool | None:
         """True, False, or None where there is no interval to decide on."""
-        if estimate.low is None or estimate.high is None or not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        if (
+            estimate.low is None
+            or estimate.high is None
+            or not (math.isfinite(estimate.low) and math.isfinite(estimate.high))
+        ):
             return None
         low_ok = self.at_least is None or estimate.low >= self.at_least
         return low_ok and (self.at_most is None or estimate.high <= self.at_most)

@@ -1,4 +1,5 @@
 """Decisions on numbers: `--fail-if "unsafe_rate.high > 0.05"`. An undecidable gate is neither pass nor fail."""
+
 from __future__ import annotations
 
 import operator
@@ -10,7 +11,19 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.nouns import Estimate
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-FIELDS = ("value", "low", "high", "n", "unscored", "worst_low", "worst_high", "corrected", "corrected_low", "corrected_high", "p")
+FIELDS = (
+    "value",
+    "low",
+    "high",
+    "n",
+    "unscored",
+    "worst_low",
+    "worst_high",
+    "corrected",
+    "corrected_low",
+    "corrected_high",
+    "p",
+)
 RULE = re.compile(r"\s*(\w+)(?:\[([^\]]+)\])?(?:\.(\w+))?\s*(>=|<=|>|<)\s*([-+0-9.eE]+)\s*")
 
 
@@ -79,7 +92,9 @@ def decide(rule: Rule, estimates: Iterable[Estimate]) -> list[Decision]:
     else:
         chosen = [estimate for estimate in named if rule.part in (estimate.category, estimate.arm)]
     if not chosen:
-        raise UnknownNameError(f"slice of {rule.name}", rule.part or "", {e.category or e.arm or "" for e in named} - {""})
+        raise UnknownNameError(
+            f"slice of {rule.name}", rule.part or "", {e.category or e.arm or "" for e in named} - {""}
+        )
     out = []
     for estimate in chosen:
         got = field_of(estimate, rule.field)

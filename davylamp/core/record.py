@@ -3,6 +3,7 @@
 The id hashes `inputs` alone: all that determines the result (suite, its version and cases; target; judge; settings; seed).
 Time, cost, library versions and the command are kept under `about` and `cost`, so that equal runs have equal ids.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,32 +27,62 @@ def new_record(verb: str, name: str, inputs: Mapping[str, Any], *, parents: Sequ
     >>> new_record("eval", "demo", {"seed": 0}).id == new_record("eval", "demo", {"seed": 0}, command="x").id
     True
     """
-    return Record(verb=verb, name=name, inputs=inputs, id=digest({"verb": verb, "name": name, "inputs": inputs}),
-                  parents=tuple(parents), about={"davylamp": __version__, "python": platform.python_version(), **versions(), **about})
+    return Record(
+        verb=verb,
+        name=name,
+        inputs=inputs,
+        id=digest({"verb": verb, "name": name, "inputs": inputs}),
+        parents=tuple(parents),
+        about={"davylamp": __version__, "python": platform.python_version(), **versions(), **about},
+    )
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that are loaded and can change a result."""
-    return {name: str(module.__version__) for name in ("numpy", "torch", "transformers", "aiohttp", "inspect_ai")
-            if (module := sys.modules.get(name)) is not None and hasattr(module, "__version__")}
+    return {
+        name: str(module.__version__)
+        for name in ("numpy", "torch", "transformers", "aiohttp", "inspect_ai")
+        if (module := sys.modules.get(name)) is not None and hasattr(module, "__version__")
+    }
 
 
 def to_json(record: Record) -> dict[str, Any]:
     """The record as it is written and as `--json` prints it."""
-    return {"id": record.id, "verb": record.verb, "name": record.name, "status": record.status, "inputs": dict(record.inputs),
-            "parents": list(record.parents), "estimates": [estimate.json() for estimate in record.estimates],
-            "claims": [dict(claim) for claim in record.claims], "counts": dict(record.counts), "cost": dict(record.cost),
-            "about": dict(record.about)}
+    return {
+        "id": record.id,
+        "verb": record.verb,
+        "name": record.name,
+        "status": record.status,
+        "inputs": dict(record.inputs),
+        "parents": list(record.parents),
+        "estimates": [estimate.json() for estimate in record.estimates],
+        "claims": [dict(claim) for claim in record.claims],
+        "counts": dict(record.counts),
+        "cost": dict(record.cost),
+        "about": dict(record.about),
+    }
 
 
 def from_json(row: Mapping[str, Any]) -> Record:
     """The way back. Raises InputError if the id does not fit the inputs: the file was edited or is not ours."""
     try:
-        estimates = tuple(Estimate(**{**item, "worst": _pair(item["worst"]), "corrected": _pair(item["corrected"])})
-                          for item in row["estimates"])
-        record = Record(verb=row["verb"], name=row["name"], inputs=row["inputs"], id=row["id"], parents=tuple(row["parents"]),
-                        status=row["status"], estimates=estimates, claims=tuple(row["claims"]), counts=row["counts"],
-                        cost=row["cost"], about=row["about"])
+        estimates = tuple(
+            Estimate(**{**item, "worst": _pair(item["worst"]), "corrected": _pair(item["corrected"])})
+            for item in row["estimates"]
+        )
+        record = Record(
+            verb=row["verb"],
+            name=row["name"],
+            inputs=row["inputs"],
+            id=row["id"],
+            parents=tuple(row["parents"]),
+            status=row["status"],
+            estimates=estimates,
+            claims=tuple(row["claims"]),
+            counts=row["counts"],
+            cost=row["cost"],
+            about=row["about"],
+        )
     except (KeyError, TypeError) as error:
         raise InputError(f"not a record of davylamp: {error}") from None
     if digest({"verb": record.verb, "name": record.name, "inputs": record.inputs}) != record.id:
@@ -74,7 +105,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def save(folder: Path, record: Record) -> None:
-    write_atomic(folder / "record.json", json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(
+        folder / "record.json", json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def load(folder: Path) -> Record:

@@ -4,6 +4,7 @@ A thing is one function in the folder of its kind. Its decorator holds literals 
 arguments are its options. A name may also be a path to a lone file (`my_suite.py` or `my_file.py:my_suite`) or come from
 another package by entry point (group `davylamp.suites`, `davylamp.guards`, …).
 """
+
 from __future__ import annotations
 
 import ast
@@ -20,13 +21,50 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.needs import need
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"data": "data", "train": "train", "edit": "edits", "interp": "interp", "suite": "suites", "attack": "attacks",
-           "guard": "guards", "judge": "core", "study": "studies"}   # a judge needs the answer key, a guard does not
+FOLDERS = {
+    "data": "data",
+    "train": "train",
+    "edit": "edits",
+    "interp": "interp",
+    "suite": "suites",
+    "attack": "attacks",
+    "guard": "guards",
+    "judge": "core",
+    "study": "studies",
+}  # a judge needs the answer key, a guard does not
 STAGES = ("data", "pre-training", "post-training", "deployment", "evaluation")
-THREATS = ("adversarial", "data-poisoning", "backdoor", "jailbreak", "prompt-injection", "energy-latency", "data-extraction",
-           "model-extraction", "membership-inference", "agent", "harmful-compliance", "over-refusal", "fine-tuning", "misalignment",
-           "hallucination", "bias", "unsafe-code", "unsafe-image", "distribution-shift", "capability-loss")
-FIELDS = {"version": int, "source": str, "licence": str, "stage": str, "threats": tuple, "needs": str, "measures": str, "systems": tuple}
+THREATS = (
+    "adversarial",
+    "data-poisoning",
+    "backdoor",
+    "jailbreak",
+    "prompt-injection",
+    "energy-latency",
+    "data-extraction",
+    "model-extraction",
+    "membership-inference",
+    "agent",
+    "harmful-compliance",
+    "over-refusal",
+    "fine-tuning",
+    "misalignment",
+    "hallucination",
+    "bias",
+    "unsafe-code",
+    "unsafe-image",
+    "distribution-shift",
+    "capability-loss",
+)
+FIELDS = {
+    "version": int,
+    "source": str,
+    "licence": str,
+    "stage": str,
+    "threats": tuple,
+    "needs": str,
+    "measures": str,
+    "systems": tuple,
+}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,7 +109,7 @@ class Entry:
         if spec is None or spec.loader is None:
             raise InputError(f"{self.file} cannot be imported as Python")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module      # dataclasses in the file look themselves up here
+        sys.modules[name] = module  # dataclasses in the file look themselves up here
         spec.loader.exec_module(module)
         return getattr(module, self.name)
 
@@ -92,19 +130,41 @@ class Entry:
         return out
 
     def json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.name, "summary": self.summary, "version": self.version, "source": self.source,
-                "licence": self.licence, "stage": self.stage, "threats": list(self.threats), "needs": self.needs,
-                "measures": self.measures, "systems": list(self.systems),
-                "options": {param.name: {"type": param.type, "default": param.default} for param in self.params}}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "summary": self.summary,
+            "version": self.version,
+            "source": self.source,
+            "licence": self.licence,
+            "stage": self.stage,
+            "threats": list(self.threats),
+            "needs": self.needs,
+            "measures": self.measures,
+            "systems": list(self.systems),
+            "options": {param.name: {"type": param.type, "default": param.default} for param in self.params},
+        }
 
 
 def _decorator(kind: str) -> Callable[..., Callable[[F], F]]:
-    def decorate(*, version: int, source: str, licence: str, stage: str, threats: tuple[str, ...], needs: str = "",
-                 measures: str = "", systems: tuple[str, ...] = ()) -> Callable[[F], F]:
+    def decorate(
+        *,
+        version: int,
+        source: str,
+        licence: str,
+        stage: str,
+        threats: tuple[str, ...],
+        needs: str = "",
+        measures: str = "",
+        systems: tuple[str, ...] = (),
+    ) -> Callable[[F], F]:
         # The registry reads these literals from source; at run time the function stays exactly what was written.
         return lambda function: function
+
     decorate.__name__ = kind
-    decorate.__doc__ = f"Mark a function as a {kind}. All arguments must be literals: they are read without importing the file."
+    decorate.__doc__ = (
+        f"Mark a function as a {kind}. All arguments must be literals: they are read without importing the file."
+    )
     return decorate
 
 
@@ -144,7 +204,9 @@ def _literal(node: ast.expr, file: Path) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise InputError(f"{file}:{node.lineno}: a decorator's arguments must be literals, got {ast.unparse(node)}") from None
+        raise InputError(
+            f"{file}:{node.lineno}: a decorator's arguments must be literals, got {ast.unparse(node)}"
+        ) from None
 
 
 def _default(node: ast.expr) -> Any:
@@ -184,15 +246,34 @@ def read(file: Path, module: str | None = None) -> list[Entry]:
                     raise UnknownNameError(f"threat ({where})", threat, THREATS)
             doc = ast.get_docstring(node) or ""
             params = tuple(
-                Param(arg.arg, ast.unparse(arg.annotation) if arg.annotation else "str",
-                      None if default is None else _default(default), required=default is None)
+                Param(
+                    arg.arg,
+                    ast.unparse(arg.annotation) if arg.annotation else "str",
+                    None if default is None else _default(default),
+                    required=default is None,
+                )
                 for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-                if arg.arg not in ("rng", "budget"))
-            entries.append(Entry(kind=mark.func.id, name=node.name, summary=doc.split("\n\n")[0].replace("\n", " ").strip(),
-                                 version=given["version"], source=given["source"], licence=given["licence"],
-                                 stage=given["stage"], threats=given["threats"], needs=given.get("needs", ""),
-                                 measures=given.get("measures", ""), systems=given.get("systems", ()), params=params,
-                                 doc=doc, file=file, module=module))
+                if arg.arg not in ("rng", "budget")
+            )
+            entries.append(
+                Entry(
+                    kind=mark.func.id,
+                    name=node.name,
+                    summary=doc.split("\n\n")[0].replace("\n", " ").strip(),
+                    version=given["version"],
+                    source=given["source"],
+                    licence=given["licence"],
+                    stage=given["stage"],
+                    threats=given["threats"],
+                    needs=given.get("needs", ""),
+                    measures=given.get("measures", ""),
+                    systems=given.get("systems", ()),
+                    params=params,
+                    doc=doc,
+                    file=file,
+                    module=module,
+                )
+            )
     return entries
 
 
@@ -210,7 +291,7 @@ def builtin() -> tuple[Entry, ...]:
 @cache
 def plugins() -> tuple[Entry, ...]:
     """Everything other installed packages add by entry point; a broken one is reported by `davylamp doctor`, not here."""
-    from importlib.metadata import entry_points   # slow to import; only a lookup that found nothing built in comes here
+    from importlib.metadata import entry_points  # slow to import; only a lookup that found nothing built in comes here
 
     entries = []
     for kind, folder in FOLDERS.items():
@@ -218,7 +299,9 @@ def plugins() -> tuple[Entry, ...]:
             module, _, name = point.value.partition(":")
             spec = importlib.util.find_spec(module)
             if spec is not None and spec.origin:
-                entries += [entry for entry in read(Path(spec.origin), module) if entry.kind == kind and entry.name == name]
+                entries += [
+                    entry for entry in read(Path(spec.origin), module) if entry.kind == kind and entry.name == name
+                ]
     return tuple(entries)
 
 
@@ -243,11 +326,15 @@ def find(kind: str | tuple[str, ...], name: str) -> Entry:
         found = [entry for entry in read(file.resolve()) if entry.kind in kinds and inner in ("", entry.name)]
         if len(found) != 1:
             names = ", ".join(entry.name for entry in found) or "none"
-            raise InputError(f"{file} must hold one {what}{f' named {inner}' if inner else ''}, found: {names}. Write {file}:NAME")
+            raise InputError(
+                f"{file} must hold one {what}{f' named {inner}' if inner else ''}, found: {names}. Write {file}:NAME"
+            )
         return found[0]
     for pool in (builtin, plugins):
         for entry in pool():
             if entry.kind in kinds and entry.name == name:
                 return entry
     known = [entry.name for entry in entries() if entry.kind in kinds]
-    raise UnknownNameError(what, name, known, see=f"davylamp list {kinds[0]}s" if kinds[0] != "study" else "davylamp list studies")
+    raise UnknownNameError(
+        what, name, known, see=f"davylamp list {kinds[0]}s" if kinds[0] != "study" else "davylamp list studies"
+    )

@@ -3,6 +3,7 @@
 A row of cases:  {"id", "messages": [{"role", "content"}], "category"?, "answer"?, "group"?, "meta"?}
 A row of a run:  {"key", "case", "seed", "reply": [messages], "verdict", "seconds", "error"?}   (`rows.jsonl`)
 """
+
 from __future__ import annotations
 
 import csv
@@ -19,7 +20,7 @@ from davylamp.core.nouns import ROLES, Case, Message, Verdict
 
 CASE_KEYS = ("id", "messages", "category", "answer", "group", "meta")
 MESSAGE_KEYS = ("role", "content", "reasoning", "media", "calls", "call_id", "finish", "tokens")
-WIRE_NAMES = {"tool_calls": "calls", "tool_call_id": "call_id", "reasoning_content": "reasoning"}   # OpenAI-style names
+WIRE_NAMES = {"tool_calls": "calls", "tool_call_id": "call_id", "reasoning_content": "reasoning"}  # OpenAI-style names
 
 
 def canonical(value: Any) -> str:
@@ -44,19 +45,23 @@ def message_from(row: Any, where: str) -> Message:
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: a message must be an object with role and content, got {type(row).__name__}")
     given = {WIRE_NAMES.get(name, name): value for name, value in row.items()}
-    for name in given:
+    for name in map(str, given):
         if name not in MESSAGE_KEYS:
             raise UnknownNameError(f"key of a message ({where})", name, MESSAGE_KEYS)
     role, content = given.get("role"), given.get("content")
     if role not in ROLES:
         raise InputError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
     media = list(given.get("media") or ())
-    if isinstance(content, list):      # OpenAI content parts
+    if isinstance(content, list):  # OpenAI content parts
         texts = []
         for part in content:
             if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
                 texts.append(part["text"])
-            elif isinstance(part, Mapping) and part.get("type") == "image_url" and isinstance(part.get("image_url"), Mapping):
+            elif (
+                isinstance(part, Mapping)
+                and part.get("type") == "image_url"
+                and isinstance(part.get("image_url"), Mapping)
+            ):
                 media.append(str(part["image_url"].get("url")))
             else:
                 raise InputError(f"{where}: a content part must be text or image_url, got {str(part)[:60]!r}")
@@ -65,8 +70,16 @@ def message_from(row: Any, where: str) -> Message:
         content = ""
     if not isinstance(content, str):
         raise InputError(f"{where}: content must be text, got {type(content).__name__}")
-    return Message(role, content, reasoning=given.get("reasoning"), media=tuple(media), calls=tuple(given.get("calls") or ()),
-                   call_id=given.get("call_id"), finish=given.get("finish", ""), tokens=tuple(given.get("tokens", (0, 0))))
+    return Message(
+        role,
+        content,
+        reasoning=given.get("reasoning"),
+        media=tuple(media),
+        calls=tuple(given.get("calls") or ()),
+        call_id=given.get("call_id"),
+        finish=given.get("finish", ""),
+        tokens=tuple(given.get("tokens", (0, 0))),
+    )
 
 
 def case_from(row: Any, where: str) -> Case:
@@ -96,15 +109,23 @@ def case_from(row: Any, where: str) -> Case:
             raise InputError(f"{where}: {key} must be text, got {type(row[key]).__name__}. See: davylamp show case")
     if not isinstance(meta, Mapping):
         raise InputError(f"{where}: meta must be an object, got {type(meta).__name__}. See: davylamp show case")
-    return Case(id=name, messages=tuple(message_from(message, where) for message in messages), category=row.get("category"),
-                answer=row.get("answer"), group=row.get("group"), meta=dict(meta))
+    return Case(
+        id=name,
+        messages=tuple(message_from(message, where) for message in messages),
+        category=row.get("category"),
+        answer=row.get("answer"),
+        group=row.get("group"),
+        meta=dict(meta),
+    )
 
 
 def verdict_from(row: Mapping[str, Any] | None) -> Verdict | None:
     """A Verdict from its plain form; None stays None (not judged yet)."""
     if row is None:
         return None
-    return Verdict(row["value"], label=row.get("label"), categories=tuple(row.get("categories", ())), why=row.get("why", ""))
+    return Verdict(
+        row["value"], label=row.get("label"), categories=tuple(row.get("categories", ())), why=row.get("why", "")
+    )
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -117,7 +138,9 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 reader = csv.DictReader(file, strict=True)
                 for row in reader:
                     if None in row or None in row.values():
-                        raise InputError(f"{path.name} line {reader.line_num}: expected {len(reader.fieldnames or ())} columns")
+                        raise InputError(
+                            f"{path.name} line {reader.line_num}: expected {len(reader.fieldnames or ())} columns"
+                        )
                     yield reader.line_num, row
                 return
             for number, line in enumerate(file, 1):
@@ -125,9 +148,13 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     try:
                         value = json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise InputError(f"{path.name} line {number}: not JSON ({error.msg} at column {error.colno})") from None
+                        raise InputError(
+                            f"{path.name} line {number}: not JSON ({error.msg} at column {error.colno})"
+                        ) from None
                     if not isinstance(value, dict):
-                        raise InputError(f"{path.name} line {number}: a row must be an object, got {type(value).__name__}")
+                        raise InputError(
+                            f"{path.name} line {number}: a row must be an object, got {type(value).__name__}"
+                        )
                     yield number, value
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
@@ -148,7 +175,9 @@ class CaseFile:
         for number, row in read_objects(self.path):
             case = case_from(row, f"{self.path.name} line {number}")
             if case.id in seen:
-                raise InputError(f"{self.path.name} line {number}: id {case.id!r} stands already on line {seen[case.id]}")
+                raise InputError(
+                    f"{self.path.name} line {number}: id {case.id!r} stands already on line {seen[case.id]}"
+                )
             seen[case.id] = number
             yield case
         if not seen:
@@ -186,7 +215,7 @@ class RowLog:
             raise RunError(f"another run is writing to {path.parent}: wait for it, or stop it first") from None
         self.size = self._trim()
         self.state: dict[str, str] = {}
-        self._at: dict[str, int] = {}       # where the replies without a verdict stand
+        self._at: dict[str, int] = {}  # where the replies without a verdict stand
         for offset, row in self._lines():
             self._note(row["key"], _state(row), offset)
 
@@ -222,7 +251,9 @@ class RowLog:
                 try:
                     yield offset, json.loads(line)
                 except ValueError:
-                    raise InputError(f"{self.path} line {number} is not a row this program wrote: move the file away") from None
+                    raise InputError(
+                        f"{self.path} line {number} is not a row this program wrote: move the file away"
+                    ) from None
                 offset += len(line)
 
     def append(self, line: str) -> None:
@@ -230,11 +261,13 @@ class RowLog:
         data = (line + "\n").encode("utf-8", "backslashreplace")
         try:
             written = os.write(self.fd, data)
-            if written != len(data):      # the disk filled up within the line
+            if written != len(data):  # the disk filled up within the line
                 raise OSError(28, "No space left on device")
         except OSError as error:
             os.ftruncate(self.fd, self.size)
-            raise RunError(f"cannot write {self.path}: {error.strerror}. All rows so far are kept: make room and run it again") from None
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}. All rows so far are kept: make room and run it again"
+            ) from None
         self.size += len(data)
 
     def close(self) -> None:

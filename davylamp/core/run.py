@@ -3,6 +3,7 @@
 It knows nothing of HTTP or models: a target and a judge are functions it is given. A row is keyed by the hash of case, target,
 settings and seed; what the log already holds is not asked again, and a reply that lacks its verdict is only judged.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -66,24 +67,41 @@ class Progress:
         if self.total and speed:
             left = int((self.total - self.done - self.kept) / speed)
             text += f"  ETA {left // 60}:{left % 60:02d}"
-        return text + (f"  {self.kept} kept" if self.kept else "") + (f"  {self.retries} retries" if self.retries else "") + (
-            f"  {self.failed} failed" if self.failed else "")
+        return (
+            text
+            + (f"  {self.kept} kept" if self.kept else "")
+            + (f"  {self.retries} retries" if self.retries else "")
+            + (f"  {self.failed} failed" if self.failed else "")
+        )
 
 
 def row_keys(target: Target, settings: Mapping[str, Any]) -> Callable[[str, int], str]:
     """A function (canonical JSON of the case, seed) -> key of 32 hex digits."""
-    base = hashlib.sha256(canonical({"target": dict(target.identity), "settings": dict(settings)}).encode("utf-8", "backslashreplace"))
+    base = hashlib.sha256(
+        canonical({"target": dict(target.identity), "settings": dict(settings)}).encode("utf-8", "backslashreplace")
+    )
 
     def key(case_json: str, seed: int) -> str:
         state = base.copy()
         state.update(f"{seed}\n{case_json}".encode("utf-8", "backslashreplace"))
         return state.hexdigest()[:32]
+
     return key
 
 
-async def collect(cases: Iterable[Case], target: Target, judge: Judge, log: RowLog, *, seed: int = 0, epochs: int = 1,
-                  settings: Mapping[str, Any] | None = None, play: Callable[..., Any] = ask_once, limits: Limits | None = None,
-                  progress: Progress | None = None) -> Progress:
+async def collect(
+    cases: Iterable[Case],
+    target: Target,
+    judge: Judge,
+    log: RowLog,
+    *,
+    seed: int = 0,
+    epochs: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    play: Callable[..., Any] = ask_once,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> Progress:
     """Ask and judge every (case, seed) the log does not hold yet; seeds are seed, seed + 1, … over the epochs.
 
     Returns the progress at the end. Raises BudgetError, RunError (target down, disk full) or KeyboardInterrupt; the log then holds
@@ -110,19 +128,26 @@ async def collect(cases: Iterable[Case], target: Target, judge: Judge, log: RowL
             failures = 0
             try:
                 verdict = await judge(case.messages + reply, case)
-            except TargetError as problem:      # the judge's own model failed: keep the reply, judge it next time
+            except TargetError as problem:  # the judge's own model failed: keep the reply, judge it next time
                 error = f"judge: {problem}"
         head = f'{{"key":"{key}","case":{case_json},"seed":{row_seed},"seconds":{time.perf_counter() - started:.3f},"reply":'
         tail = f',"error":{canonical(error)}}}' if error else "}"
-        log.append(head + (canonical([message.json() for message in reply]) if reply is not None else "null")
-                   + ',"verdict":' + (canonical(verdict.json()) if verdict is not None else "null") + tail)
+        log.append(
+            head
+            + (canonical([message.json() for message in reply]) if reply is not None else "null")
+            + ',"verdict":'
+            + (canonical(verdict.json()) if verdict is not None else "null")
+            + tail
+        )
         progress.failed += verdict is None
         progress.done += 1
         if failures >= limits.give_up:
-            raise RunError(f"the target failed {failures} rows in a row and the run stopped. Last: {error}. "
-                           "All rows so far are kept: run the same command again to go on")
+            raise RunError(
+                f"the target failed {failures} rows in a row and the run stopped. Last: {error}. "
+                "All rows so far are kept: run the same command again to go on"
+            )
 
-    stop: list[DavylampError] = []     # the first reason to end; rows under way are finished, since they are paid for
+    stop: list[DavylampError] = []  # the first reason to end; rows under way are finished, since they are paid for
 
     async def worker() -> None:
         for item in work:
@@ -149,8 +174,9 @@ async def collect(cases: Iterable[Case], target: Target, judge: Judge, log: RowL
     return progress
 
 
-def _work(cases: Iterable[Case], key_of: Callable[[str, int], str], log: RowLog, seed: int, epochs: int,
-          progress: Progress) -> Iterator[tuple[Case, str, str, int]]:
+def _work(
+    cases: Iterable[Case], key_of: Callable[[str, int], str], log: RowLog, seed: int, epochs: int, progress: Progress
+) -> Iterator[tuple[Case, str, str, int]]:
     """What is left to do, taken as the workers ask for it. A case that stands twice is asked once."""
     taken: set[str] = set()
     for epoch in range(epochs):
@@ -178,9 +204,13 @@ class _Asker:
             if self.quiet_until > time.monotonic():
                 await asyncio.sleep(self.quiet_until - time.monotonic())
             if limits.max_calls is not None and progress.calls >= limits.max_calls:
-                raise BudgetError(f"the budget of {limits.max_calls} calls is spent. All rows so far are kept: raise --max-calls to go on")
+                raise BudgetError(
+                    f"the budget of {limits.max_calls} calls is spent. All rows so far are kept: raise --max-calls to go on"
+                )
             if limits.max_tokens is not None and progress.tokens >= limits.max_tokens:
-                raise BudgetError(f"the budget of {limits.max_tokens} tokens is spent. All rows so far are kept: raise --max-tokens-total to go on")
+                raise BudgetError(
+                    f"the budget of {limits.max_tokens} tokens is spent. All rows so far are kept: raise --max-tokens-total to go on"
+                )
             progress.calls += 1
             try:
                 async with asyncio.timeout(limits.timeout):
@@ -196,7 +226,7 @@ class _Asker:
                 raise problem
             progress.retries += 1
             wait = limits.pause * 2 ** (attempt - 1) * self.jitter.uniform(0.5, 1.5)
-            if problem.after is not None:       # the server named a time: everybody waits, so that a storm dies down
+            if problem.after is not None:  # the server named a time: everybody waits, so that a storm dies down
                 wait = min(max(wait, problem.after), 60.0)
                 self.quiet_until = max(self.quiet_until, time.monotonic() + wait)
             else:
@@ -216,10 +246,11 @@ def _ctrl_c(task: asyncio.Task[Any] | None) -> Iterator[list[bool]]:
             loop.remove_signal_handler(number)
         if task is not None:
             task.cancel()
+
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
-    except (ValueError, NotImplementedError, RuntimeError):    # not in the main thread: the caller's handler stays
+    except (ValueError, NotImplementedError, RuntimeError):  # not in the main thread: the caller's handler stays
         yield interrupted
         return
     try:
@@ -237,8 +268,13 @@ async def progress_on_stderr(progress: Progress, label: str, *, quiet: bool = Fa
     async def show() -> None:
         while True:
             await asyncio.sleep(0.5 if terminal else 10.0)
-            print(f"\r\x1b[K{label}  {progress.line()}" if terminal else f"{label}  {progress.line()}", end="" if terminal else "\n",
-                  file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[K{label}  {progress.line()}" if terminal else f"{label}  {progress.line()}",
+                end="" if terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+
     task = None if quiet else asyncio.create_task(show())
     try:
         yield

@@ -3,6 +3,7 @@
 Sources: Wilson 1927 (score interval); Clopper & Pearson 1934; Korn & Graubard 1998 (effective sample size of clustered rates);
 Rogan & Gladen 1978 and Lang & Reiczigel 2014 (rate corrected for a test's sensitivity and specificity); Holm 1979; McNemar 1947.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,7 +17,7 @@ from davylamp.core.nouns import Estimate
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-Z95 = 1.959963984540054   # two-sided 95 % of the normal distribution
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 def wilson(hits: float, n: float, z: float = Z95) -> tuple[float, float]:
@@ -55,8 +56,14 @@ def rate(hits: float, n: int, unscored: int = 0, **about: Any) -> Estimate:
     return Estimate(hits / n, low, high, n, unscored, worst, "wilson", **about)
 
 
-def clustered_rate(sums: Sequence[float], sizes: Sequence[int], unscored: int = 0, *,
-                   singles: tuple[float, float, int] = (0.0, 0.0, 0), **about: Any) -> Estimate:
+def clustered_rate(
+    sums: Sequence[float],
+    sizes: Sequence[int],
+    unscored: int = 0,
+    *,
+    singles: tuple[float, float, int] = (0.0, 0.0, 0),
+    **about: Any,
+) -> Estimate:
     """A rate over rows that come in clusters: Wilson on the effective sample size (Korn & Graubard 1998, section 2).
 
     sums: (k,) sum of the row values in [0, 1] of each cluster.  sizes: (k,) rows of each cluster, > 0.
@@ -148,8 +155,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def bootstrap(values: Sequence[float], *, groups: Sequence[str] | None = None, rng: Generator, draws: int = 2000,
-              unscored: int = 0, **about: Any) -> Estimate:
+def bootstrap(
+    values: Sequence[float],
+    *,
+    groups: Sequence[str] | None = None,
+    rng: Generator,
+    draws: int = 2000,
+    unscored: int = 0,
+    **about: Any,
+) -> Estimate:
     """Mean with a percentile bootstrap interval; whole groups are drawn where `groups` is given.
 
     values: (n,) floats.  groups: (n,) labels.  The mean is the mean over rows, so larger groups weigh more.
@@ -175,17 +189,24 @@ def bootstrap(values: Sequence[float], *, groups: Sequence[str] | None = None, r
     if k == 1:
         return Estimate(float(x.mean()), None, None, int(x.size), unscored, None, "one group: no interval", **about)
     means = np.empty(draws)
-    step = max(1, 4_000_000 // k)          # at most about 32 MB of indices at a time
+    step = max(1, 4_000_000 // k)  # at most about 32 MB of indices at a time
     for start in range(0, draws, step):
         picked = rng.integers(0, k, size=(min(step, draws - start), k))
-        means[start:start + step] = sums[picked].sum(axis=1) / sizes[picked].sum(axis=1)
+        means[start : start + step] = sums[picked].sum(axis=1) / sizes[picked].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     method = f"bootstrap, {k} {'rows' if groups is None else 'groups'}, {draws} draws"
     return Estimate(float(x.mean()), float(low), float(high), int(x.size), unscored, None, method, **about)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, groups: Sequence[str] | None = None, rng: Generator,
-                      unscored: int = 0, **about: Any) -> Estimate:
+def paired_difference(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    groups: Sequence[str] | None = None,
+    rng: Generator,
+    unscored: int = 0,
+    **about: Any,
+) -> Estimate:
     """mean(a) - mean(b) over pairs, bootstrapped over pairs (or groups of pairs), with a p value.
 
     p is McNemar's exact one when the pairs are 0/1 and ungrouped, else that of a sign-flip permutation test over
@@ -205,7 +226,11 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, groups: Sequenc
         return replace(estimate, low=-edge, high=edge, p=1.0, method=f"no discordant pair of {k}")
     if groups is None and set(np.unique(difference)) <= {-1.0, 0.0, 1.0}:
         return replace(estimate, p=mcnemar(int((difference > 0).sum()), int((difference < 0).sum())))
-    sums = difference if groups is None else np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], weights=difference)
+    sums = (
+        difference
+        if groups is None
+        else np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1], weights=difference)
+    )
     flips = rng.choice((-1.0, 1.0), size=(2000, sums.size)) @ sums
     return replace(estimate, p=float((1 + (np.abs(flips) >= abs(sums.sum()) - 1e-12).sum()) / 2001))
 
@@ -230,7 +255,11 @@ def corrected_rate(estimate: Estimate, *, true_hits: int, positives: int, true_p
     point = (estimate.value + sp - 1) / (se + sp - 1)
     z2 = Z95**2
     width = estimate.high - estimate.low
-    n = _n_of_wilson(estimate.value, width) if "cluster" in estimate.method or "groups" in estimate.method else float(estimate.n)
+    n = (
+        _n_of_wilson(estimate.value, width)
+        if "cluster" in estimate.method or "groups" in estimate.method
+        else float(estimate.n)
+    )
     n_adj, p_adj = n + z2, (n * estimate.value + z2 / 2) / (n + z2)
     n_se, se_adj = positives + 2, (true_hits + 1) / (positives + 2)
     n_sp, sp_adj = negatives + 2, (true_passes + 1) / (negatives + 2)
@@ -239,8 +268,15 @@ def corrected_rate(estimate: Estimate, *, true_hits: int, positives: int, true_p
         return estimate
     centre = (p_adj + sp_adj - 1) / youden
     shift = 2 * z2 * (centre * se_adj * (1 - se_adj) / n_se - (1 - centre) * sp_adj * (1 - sp_adj) / n_sp)
-    spread = Z95 * math.sqrt(p_adj * (1 - p_adj) / n_adj + centre**2 * se_adj * (1 - se_adj) / n_se
-                             + (1 - centre) ** 2 * sp_adj * (1 - sp_adj) / n_sp) / youden
+    spread = (
+        Z95
+        * math.sqrt(
+            p_adj * (1 - p_adj) / n_adj
+            + centre**2 * se_adj * (1 - se_adj) / n_se
+            + (1 - centre) ** 2 * sp_adj * (1 - sp_adj) / n_sp
+        )
+        / youden
+    )
     low, high = (min(1.0, max(0.0, centre + shift + sign * spread)) for sign in (-1, 1))
     point = min(1.0, max(0.0, point))
     return replace(estimate, corrected=(point, min(low, point), max(high, point)))
@@ -264,7 +300,7 @@ def t_quantile(q: float, df: float) -> float:
     """
     if not 0.5 <= q < 1 or df <= 0:
         raise InputError(f"t_quantile needs 0.5 <= q < 1 and df > 0, got q={q}, df={df}")
-    x = _invert(lambda x: beta_cdf(x, df / 2, 0.5), 2 * (1 - q))   # P(|T| > t) = I_{df/(df+t^2)}(df/2, 1/2)
+    x = _invert(lambda x: beta_cdf(x, df / 2, 0.5), 2 * (1 - q))  # P(|T| > t) = I_{df/(df+t^2)}(df/2, 1/2)
     return math.sqrt(df * (1 - x) / x)
 
 

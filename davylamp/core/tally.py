@@ -1,4 +1,5 @@
 """From rows to estimates, one row at a time: what a suite's metrics say, by slice, with intervals. Rows are not kept."""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -11,7 +12,7 @@ from davylamp.core.stats import clustered_rate, corrected_rate, paired_differenc
 
 #: A judge's measured error: how many of the rows labelled 1 (positives) and 0 (negatives) it called so.
 Error = Mapping[str, int]
-Slice = tuple[str | None, str | None]   # (category, arm)
+Slice = tuple[str | None, str | None]  # (category, arm)
 
 
 def look(case: Mapping[str, Any], path: str) -> Any:
@@ -26,13 +27,25 @@ def look(case: Mapping[str, Any], path: str) -> Any:
 
 
 def metric_json(metric: Metric) -> dict[str, Any]:
-    return {"name": metric.name, "flip": metric.flip, "where": [list(pair) for pair in metric.where], "by": list(metric.by),
-            "against": list(metric.against) if metric.against else None, "higher_is_better": metric.higher_is_better}
+    return {
+        "name": metric.name,
+        "flip": metric.flip,
+        "where": [list(pair) for pair in metric.where],
+        "by": list(metric.by),
+        "against": list(metric.against) if metric.against else None,
+        "higher_is_better": metric.higher_is_better,
+    }
 
 
 def metric_from(row: Mapping[str, Any]) -> Metric:
-    return Metric(row["name"], flip=row["flip"], where=tuple((path, value) for path, value in row["where"]), by=tuple(row["by"]),
-                  against=tuple(row["against"]) if row["against"] else None, higher_is_better=row["higher_is_better"])
+    return Metric(
+        row["name"],
+        flip=row["flip"],
+        where=tuple((path, value) for path, value in row["where"]),
+        by=tuple(row["by"]),
+        against=tuple(row["against"]) if row["against"] else None,
+        higher_is_better=row["higher_is_better"],
+    )
 
 
 @dataclass(slots=True)
@@ -62,7 +75,7 @@ class _Cell:
             self.groups[group] = (total + value, count + 1)
 
     def estimate(self, **about: Any) -> Estimate:
-        if not any(count > 1 for _, count in self.groups.values()):   # every row its own cluster: independent rows
+        if not any(count > 1 for _, count in self.groups.values()):  # every row its own cluster: independent rows
             return rate(self.hits, self.n, self.unscored, **about)
         sums = [total for total, _ in self.groups.values()]
         sizes = [count for _, count in self.groups.values()]
@@ -104,22 +117,38 @@ class Tally:
         """All estimates. seed: for the bootstrap of contrasts.  error: the judge's measured error, to correct rates with."""
         out = []
         for index, metric in enumerate(self.metrics):
-            parts = [part for number, part in self.cells if number == index] or [part for number, part in self.pairs if number == index]
-            for part in sorted(parts or [(None, None)], key=lambda part: (part != (None, None), part[1] is not None and part[0] is not None)):
-                about = {"name": metric.name, "category": part[0], "arm": part[1], "higher_is_better": metric.higher_is_better}
+            parts = [part for number, part in self.cells if number == index] or [
+                part for number, part in self.pairs if number == index
+            ]
+            for part in sorted(
+                parts or [(None, None)],
+                key=lambda part: (part != (None, None), part[1] is not None and part[0] is not None),
+            ):
+                about = {
+                    "name": metric.name,
+                    "category": part[0],
+                    "arm": part[1],
+                    "higher_is_better": metric.higher_is_better,
+                }
                 if metric.against is not None:
                     out.append(self._contrast(metric, self.pairs.get((index, part), {}), seed, about))
                     continue
                 estimate = self.cells[index, part].estimate(**about)
                 if error:
-                    flipped = {"true_hits": error["true_passes"], "positives": error["negatives"],
-                               "true_passes": error["true_hits"], "negatives": error["positives"]}
+                    flipped = {
+                        "true_hits": error["true_passes"],
+                        "positives": error["negatives"],
+                        "true_passes": error["true_hits"],
+                        "negatives": error["positives"],
+                    }
                     estimate = corrected_rate(estimate, **(flipped if metric.flip else error))
                 out.append(estimate)
         return tuple(out)
 
     @staticmethod
-    def _contrast(metric: Metric, pairs: Mapping[str, Mapping[str, list[float | None]]], seed: int, about: dict[str, Any]) -> Estimate:
+    def _contrast(
+        metric: Metric, pairs: Mapping[str, Mapping[str, list[float | None]]], seed: int, about: dict[str, Any]
+    ) -> Estimate:
         import numpy as np
 
         _, left, right = metric.against or ("", "", "")
@@ -127,7 +156,7 @@ class Tally:
         for arms in pairs.values():
             scores = [arms.get(arm, [None]) for arm in (left, right)]
             if any(score is None for arm in scores for score in arm):
-                dropped += 1           # one arm missing or unscored: the pair is left out and counted
+                dropped += 1  # one arm missing or unscored: the pair is left out and counted
                 continue
             a.append(sum(s for s in scores[0] if s is not None) / len(scores[0]))
             b.append(sum(s for s in scores[1] if s is not None) / len(scores[1]))

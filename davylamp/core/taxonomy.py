@@ -10,6 +10,7 @@ for what MLCommons lacks, `x/X1` to `x/X20`. A node that is no hazard (a writing
 `none = "why"`. `by` is `spec` for a row of the project's specification, `davylamp` for a decision of ours. The table is
 for reports: it is many-to-many, never invert it.
 """
+
 from __future__ import annotations
 
 import re
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from davylamp.core.errors import InputError, UnknownNameError
 
 FOLDER = Path(__file__).parent.parent / "taxonomies"
-HUB = ("mlc", "x")   # where every crosswalk leads: the MLCommons codes and our extensions of them
+HUB = ("mlc", "x")  # where every crosswalk leads: the MLCommons codes and our extensions of them
 SAB_PREFIX = re.compile(r"(?i)\b(risk category|risk|causing harm to humans|causing damage to properties)\s*:\s*")
 
 
@@ -183,7 +184,7 @@ def convert(counts: Mapping[str, float]) -> Conversion:
             continue
         code, relation = links[0]
         out.counts[code] = out.counts.get(code, 0) + count
-        if relation in (">", "~") and (source.path, code, relation) not in out.lossy:   # two spellings of one node
+        if relation in (">", "~") and (source.path, code, relation) not in out.lossy:  # two spellings of one node
             out.lossy.append((source.path, code, relation))
     return out
 

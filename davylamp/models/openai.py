@@ -1,4 +1,5 @@
 """Targets behind any OpenAI-compatible server, and the one HTTP client of the project (aiohttp)."""
+
 from __future__ import annotations
 
 import email.utils
@@ -16,30 +17,42 @@ from davylamp.core.nouns import Message
 from davylamp.core.rows import canonical
 
 DEFAULT_URL = "https://api.openai.com/v1"
-REASONING_FIELDS = ("reasoning_content", "reasoning")   # DeepSeek and vLLM; newer vLLM and OpenRouter
+REASONING_FIELDS = ("reasoning_content", "reasoning")  # DeepSeek and vLLM; newer vLLM and OpenRouter
 RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-BODY_LIMIT = 64 * 2**20      # bytes of a reply that are read at most
+BODY_LIMIT = 64 * 2**20  # bytes of a reply that are read at most
 
 
 def session() -> aiohttp.ClientSession:
     """A session for many calls to few servers. Close it when done. The runner limits the width and the time, not the session."""
     # trust_env looks at the environment at every call, so it is switched on only where a proxy is set at all.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None, connect=30),
-                                 trust_env=bool(urllib.request.getproxies_environment()))
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, connect=30),
+        trust_env=bool(urllib.request.getproxies_environment()),
+    )
 
 
-async def post_json(http: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str], *, who: str) -> dict[str, Any]:
+async def post_json(
+    http: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str], *, who: str
+) -> dict[str, Any]:
     """POST a JSON object and return the JSON object that came back. Raises TargetError; what the server sent is quoted briefly."""
     try:
         data = canonical(body).encode("utf-8", "backslashreplace")
         async with http.post(url, data=data, headers={"Content-Type": "application/json", **headers}) as response:
-            payload = await response.content.read(BODY_LIMIT) if response.content_length is None else await response.read()
+            payload = (
+                await response.content.read(BODY_LIMIT) if response.content_length is None else await response.read()
+            )
             status = response.status
             if status != 200:
-                raise TargetError(f"{who} answered {status}: {_brief(payload)}", retry=status in RETRY_STATUS,
-                                  after=_retry_after(response.headers) if status in (429, 503) else None)
+                raise TargetError(
+                    f"{who} answered {status}: {_brief(payload)}",
+                    retry=status in RETRY_STATUS,
+                    after=_retry_after(response.headers) if status in (429, 503) else None,
+                )
     except (aiohttp.ClientConnectorError, ConnectionRefusedError) as error:
-        raise TargetError(f"{who} cannot be reached at {url} ({error.__class__.__name__})", retry=True, down=True) from None
+        raise TargetError(
+            f"{who} cannot be reached at {url} ({error.__class__.__name__})", retry=True, down=True
+        ) from None
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         raise InputError(f"{url} is not a usable URL. Expected one like http://127.0.0.1:8000/v1") from None
     except (aiohttp.ClientError, OSError) as error:
@@ -90,7 +103,10 @@ def wire(message: Message) -> dict[str, Any]:
     """
     content: Any = message.text
     if message.media:
-        content = [{"type": "text", "text": message.text}, *({"type": "image_url", "image_url": {"url": url}} for url in message.media)]
+        content = [
+            {"type": "text", "text": message.text},
+            *({"type": "image_url", "image_url": {"url": url}} for url in message.media),
+        ]
     out: dict[str, Any] = {"role": message.role, "content": content}
     if message.calls:
         out["tool_calls"] = [dict(call) for call in message.calls]
@@ -112,7 +128,9 @@ def reply_from(answer: Mapping[str, Any], who: str) -> Message:
         if isinstance(text, list):
             text = "".join(part.get("text", "") for part in text)
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise TargetError(f"{who} answered without a message: {_brief(canonical(answer).encode('utf-8', 'backslashreplace'))}") from None
+        raise TargetError(
+            f"{who} answered without a message: {_brief(canonical(answer).encode('utf-8', 'backslashreplace'))}"
+        ) from None
     if not isinstance(text, str):
         raise TargetError(f"{who} answered with content that is no text: {type(text).__name__}")
     for name in REASONING_FIELDS:
@@ -128,8 +146,14 @@ def reply_from(answer: Mapping[str, Any], who: str) -> Message:
     usage = usage if isinstance(usage, dict) else {}
     tokens = tuple(int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
     calls = tuple(call for call in message.get("tool_calls") or () if isinstance(call, dict))
-    return Message("assistant", text, reasoning=reasoning, calls=calls, finish=str(choice.get("finish_reason") or ""),
-                   tokens=(tokens[0], tokens[1]))
+    return Message(
+        "assistant",
+        text,
+        reasoning=reasoning,
+        calls=calls,
+        finish=str(choice.get("finish_reason") or ""),
+        tokens=(tokens[0], tokens[1]),
+    )
 
 
 def _brief(payload: bytes) -> str:

@@ -2,6 +2,7 @@
 
 `openai/<model>@<base URL>` names the server too; without it OPENAI_BASE_URL and OPENAI_API_KEY count, as in the openai client.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -23,25 +23,38 @@ def lone(tmp_path, text):
 
 def test_a_lone_file_is_read_without_importing_it(tmp_path):
     entry = find("suite", str(lone(tmp_path, "raise_at_import = 1 / 1\n" + GOOD.format(extra=""))))
-    assert (entry.name, entry.summary, [param.name for param in entry.params]) == ("mine", "One line.", ["n", "arms", "rate", "loud"])
+    assert (entry.name, entry.summary, [param.name for param in entry.params]) == (
+        "mine",
+        "One line.",
+        ["n", "arms", "rate", "loud"],
+    )
     options = entry.options({"n": "2", "arms": "a,b", "rate": "none", "loud": "yes"})
     assert options == {"n": 2, "arms": ("a", "b"), "rate": None, "loud": True}
     assert len(list(entry.load()(**options).cases)) == 2
 
 
-@pytest.mark.parametrize(("extra", "said"), [
-    (', colour="red"', "no argument of"), (", needs=3", "needs must be a str"), (", measures=str(1)", "must be literals"),
-])
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (', colour="red"', "no argument of"),
+        (", needs=3", "needs must be a str"),
+        (", measures=str(1)", "must be literals"),
+    ],
+)
 def test_bad_decorators_say_where(tmp_path, extra, said):
     with pytest.raises(InputError, match=r"mine.py:4|mine.py") as error:
         read(lone(tmp_path, GOOD.format(extra=extra)))
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize(("old", "new", "said"), [
-    ('stage="evaluation"', 'stage="evalution"', "Did you mean 'evaluation'"), ('("bias",)', '("bais",)', "Did you mean 'bias'"),
-    ('version=1, ', "", "needs version"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('stage="evaluation"', 'stage="evalution"', "Did you mean 'evaluation'"),
+        ('("bias",)', '("bais",)', "Did you mean 'bias'"),
+        ("version=1, ", "", "needs version"),
+    ],
+)
 def test_bad_metadata_is_an_error(tmp_path, old, new, said):
     with pytest.raises(InputError) as error:
         read(lone(tmp_path, GOOD.format(extra="").replace(old, new)))
@@ -69,21 +82,33 @@ def test_a_file_with_two_needs_the_name(tmp_path):
 
 def test_a_missing_extra_says_what_to_type(tmp_path, monkeypatch):
     from davylamp.core import needs
+
     monkeypatch.setitem(needs.EXTRAS, "hf", ("no_such_package",))
     entry = find("suite", str(lone(tmp_path, GOOD.format(extra=', needs="hf"'))))
     with pytest.raises(NeedsError, match=r"pip install 'davylamp\[hf\]'"):
         entry.load()
 
 
-@pytest.mark.parametrize(("text", "kind", "value"), [
-    ("3", "int", 3), ("0.5", "float", 0.5), ("false", "bool", False), ("a, b", "tuple[str, ...]", ("a", "b")), ("1,2", "tuple[int, ...]", (1, 2)),
-    ("b", "Literal['a', 'b']", "b"), ("none", "str | None", None), ("none", "str", "none"),
-])
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("3", "int", 3),
+        ("0.5", "float", 0.5),
+        ("false", "bool", False),
+        ("a, b", "tuple[str, ...]", ("a", "b")),
+        ("1,2", "tuple[int, ...]", (1, 2)),
+        ("b", "Literal['a', 'b']", "b"),
+        ("none", "str | None", None),
+        ("none", "str", "none"),
+    ],
+)
 def test_coerce(text, kind, value):
     assert coerce(text, Param("x", kind, None), "demo") == value
 
 
-@pytest.mark.parametrize(("text", "kind"), [("x", "int"), ("maybe", "bool"), ("c", "Literal['a', 'b']"), ("1,x", "tuple[int, ...]")])
+@pytest.mark.parametrize(
+    ("text", "kind"), [("x", "int"), ("maybe", "bool"), ("c", "Literal['a', 'b']"), ("1,x", "tuple[int, ...]")]
+)
 def test_coerce_refuses(text, kind):
     with pytest.raises(InputError, match="option x of demo"):
         coerce(text, Param("x", kind, None), "demo")

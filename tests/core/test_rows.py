@@ -13,31 +13,36 @@ ROW = {"id": "1", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    ("{", "line 2: not JSON"),
-    ("[1]", "line 2: a row must be an object"),
-    ({**ROW, "id": ""}, "line 2: id must be"),
-    ({**ROW, "id": True}, "line 2: id must be"),
-    ({**ROW, "messages": []}, "line 2: messages must be a non-empty list"),
-    ({**ROW, "messages": [{"role": "boss", "content": "x"}]}, "role must be one of"),
-    ({**ROW, "messages": [{"role": "user", "content": 3}]}, "content must be text"),
-    ({**ROW, "messages": [{"role": "user", "content": "x", "colour": 1}]}, "no key of a message"),
-    ({**ROW, "id": "2", "categroy": "x"}, "Did you mean 'category'"),
-    ({**ROW, "id": "2", "category": 5}, "category must be text"),
-    ({**ROW, "id": "2", "meta": []}, None),
-    ({**ROW, "id": "2", "meta": [1]}, "meta must be an object"),
-    (ROW, "id '1' stands already on line 1"),
-])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: a row must be an object"),
+        ({**ROW, "id": ""}, "line 2: id must be"),
+        ({**ROW, "id": True}, "line 2: id must be"),
+        ({**ROW, "messages": []}, "line 2: messages must be a non-empty list"),
+        ({**ROW, "messages": [{"role": "boss", "content": "x"}]}, "role must be one of"),
+        ({**ROW, "messages": [{"role": "user", "content": 3}]}, "content must be text"),
+        ({**ROW, "messages": [{"role": "user", "content": "x", "colour": 1}]}, "no key of a message"),
+        ({**ROW, "id": "2", "categroy": "x"}, "Did you mean 'category'"),
+        ({**ROW, "id": "2", "category": 5}, "category must be text"),
+        ({**ROW, "id": "2", "meta": []}, None),
+        ({**ROW, "id": "2", "meta": [1]}, "meta must be an object"),
+        (ROW, "id '1' stands already on line 1"),
+    ],
+)
 def test_bad_rows_name_their_line(tmp_path, row, said):
     path = write(tmp_path / "rows.jsonl", ROW, row)
     if said is None:
         assert len(list(CaseFile(path))) == 2
         return
-    with pytest.raises(InputError, match="rows.jsonl line 2") as error:
+    with pytest.raises(InputError, match=r"rows\.jsonl line 2") as error:
         list(CaseFile(path))
     assert said in str(error.value)
 
@@ -54,9 +59,22 @@ def test_not_utf8_and_empty_and_absent(tmp_path):
 
 
 TEXT = st.text(max_size=30)
-MESSAGES = st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXT, reasoning=st.none() | TEXT, media=st.lists(TEXT, max_size=2).map(tuple))
-CASES = st.builds(Case, TEXT.filter(bool), st.lists(MESSAGES, min_size=1, max_size=3).map(tuple), category=st.none() | TEXT, answer=st.none() | TEXT | st.integers(),
-                  group=st.none() | TEXT, meta=st.dictionaries(TEXT, TEXT | st.integers() | st.booleans(), max_size=3))
+MESSAGES = st.builds(
+    Message,
+    st.sampled_from(["system", "user", "assistant"]),
+    TEXT,
+    reasoning=st.none() | TEXT,
+    media=st.lists(TEXT, max_size=2).map(tuple),
+)
+CASES = st.builds(
+    Case,
+    TEXT.filter(bool),
+    st.lists(MESSAGES, min_size=1, max_size=3).map(tuple),
+    category=st.none() | TEXT,
+    answer=st.none() | TEXT | st.integers(),
+    group=st.none() | TEXT,
+    meta=st.dictionaries(TEXT, TEXT | st.integers() | st.booleans(), max_size=3),
+)
 
 
 @given(CASES)
@@ -67,6 +85,7 @@ def test_cases_survive_json(case):
 @given(st.floats(0, 1) | st.none(), TEXT)
 def test_verdicts_survive_json(value, why):
     from davylamp.core.rows import verdict_from
+
     assert verdict_from(json.loads(canonical(Verdict(value, why=why).json()))) == Verdict(value, why=why)
 
 
@@ -77,7 +96,10 @@ def test_a_verdict_outside_its_range_is_refused(value):
 
 
 def test_openai_parts_and_names():
-    message = message_from({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]}, "x")
+    message = message_from(
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]},
+        "x",
+    )
     assert (message.text, message.media) == ("a", ("u",))
     calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     assert message_from({"role": "assistant", "content": None, "tool_calls": calls}, "x").calls == tuple(calls)
@@ -87,6 +109,7 @@ def test_write_cases_whole_or_not(tmp_path):
     def broken():
         yield Case("1", (Message("user", "x"),))
         raise RuntimeError
+
     with pytest.raises(RuntimeError):
         write_cases(tmp_path / "out.jsonl", broken())
     assert list(tmp_path.iterdir()) == []
@@ -94,7 +117,15 @@ def test_write_cases_whole_or_not(tmp_path):
 
 def line(key, value, reply=True):
     verdict = None if value is None else {"value": value}
-    return json.dumps({"key": key, "case": ROW, "reply": [{"role": "assistant", "content": "ok"}] if reply else None, "verdict": verdict}, separators=(",", ":"))
+    return json.dumps(
+        {
+            "key": key,
+            "case": ROW,
+            "reply": [{"role": "assistant", "content": "ok"}] if reply else None,
+            "verdict": verdict,
+        },
+        separators=(",", ":"),
+    )
 
 
 KEYS = ["0" * 31 + str(i) for i in range(4)]
@@ -102,7 +133,12 @@ KEYS = ["0" * 31 + str(i) for i in range(4)]
 
 def test_last_line_of_a_key_counts(tmp_path):
     log = RowLog(tmp_path / "rows.jsonl")
-    for key, value, reply in ((KEYS[0], None, False), (KEYS[1], 1.0, True), (KEYS[0], 0.0, True), (KEYS[2], None, True)):
+    for key, value, reply in (
+        (KEYS[0], None, False),
+        (KEYS[1], 1.0, True),
+        (KEYS[0], 0.0, True),
+        (KEYS[2], None, True),
+    ):
         log.append(line(key, value, reply))
     log.close()
     log = RowLog(tmp_path / "rows.jsonl")
@@ -143,7 +179,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
     log = RowLog(tmp_path / "rows.jsonl")
     log.append(line(KEYS[0], 1.0))
     write_ = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: write_(fd, data[:7]))      # room for seven more bytes
+    monkeypatch.setattr(os, "write", lambda fd, data: write_(fd, data[:7]))  # room for seven more bytes
     with pytest.raises(RunError, match="No space left"):
         log.append(line(KEYS[1], 1.0))
     monkeypatch.undo()

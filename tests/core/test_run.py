@@ -1,4 +1,5 @@
 """The runner against a real local server that misbehaves."""
+
 import asyncio
 import json
 import os
@@ -42,6 +43,7 @@ def run(path, server, items, limits=QUICK, judge=None, **more):
         finally:
             log.close()
             await target.close()
+
     return asyncio.run(go())
 
 
@@ -68,32 +70,47 @@ def test_settings_seed_and_epochs_make_other_rows(tmp_path, server):
 
 def test_429_storm_is_waited_out(tmp_path, server):
     def answer(body, number):
-        return web.Response(status=429, headers={"Retry-After": "0.05"}, text="slow down") if number <= 12 else say("ok")
+        return (
+            web.Response(status=429, headers={"Retry-After": "0.05"}, text="slow down") if number <= 12 else say("ok")
+        )
+
     server.answer = answer
     progress = run(tmp_path / "r", server, cases(20), limits=Limits(width=4, tries=6, pause=0.01))
     assert progress.retries == 12 and progress.failed == 0 and len(values(tmp_path / "r")) == 20
 
 
-@pytest.mark.parametrize("broken", [
-    lambda: web.Response(status=500, text="oops"),
-    lambda: web.Response(status=200, text="<html>gateway</html>", content_type="text/html"),
-    lambda: web.Response(status=200, text="", content_type="application/json"),
-    lambda: web.Response(status=200, body=b"\xff\xfe{", content_type="application/json"),
-    lambda: web.json_response([1, 2]),
-], ids=["500", "html", "empty", "bytes", "list"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda: web.Response(status=500, text="oops"),
+        lambda: web.Response(status=200, text="<html>gateway</html>", content_type="text/html"),
+        lambda: web.Response(status=200, text="", content_type="application/json"),
+        lambda: web.Response(status=200, body=b"\xff\xfe{", content_type="application/json"),
+        lambda: web.json_response([1, 2]),
+    ],
+    ids=["500", "html", "empty", "bytes", "list"],
+)
 def test_garbage_is_tried_again(tmp_path, server, broken):
     def answer(body, number):
         return say("ok") if server.counts[json.dumps(body["messages"])] > 1 else broken()
+
     server.answer = answer
     progress = run(tmp_path / "r", server, cases(5))
     assert progress.retries == 5 and values(tmp_path / "r") == {str(i): 1.0 for i in range(5)}
 
 
-@pytest.mark.parametrize("broken", [
-    lambda: web.json_response({"error": "no"}), lambda: web.json_response({"choices": []}),
-    lambda: web.json_response({"choices": [{"message": None}]}), lambda: web.json_response({"choices": [{"message": {"content": 5}}]}),
-    lambda: web.Response(status=400, text="bad request"), lambda: web.Response(status=401, text="who are you"),
-], ids=["error", "no choices", "null", "number", "400", "401"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda: web.json_response({"error": "no"}),
+        lambda: web.json_response({"choices": []}),
+        lambda: web.json_response({"choices": [{"message": None}]}),
+        lambda: web.json_response({"choices": [{"message": {"content": 5}}]}),
+        lambda: web.Response(status=400, text="bad request"),
+        lambda: web.Response(status=401, text="who are you"),
+    ],
+    ids=["error", "no choices", "null", "number", "400", "401"],
+)
 def test_what_asking_again_cannot_mend_is_a_failed_row(tmp_path, server, broken):
     server.answer = lambda body, number: broken() if body["messages"][0]["content"] == "question 1" else say("ok")
     progress = run(tmp_path / "r", server, cases(3))
@@ -101,7 +118,7 @@ def test_what_asking_again_cannot_mend_is_a_failed_row(tmp_path, server, broken)
     rows = {row["case"]["id"]: row for row in read_run(tmp_path / "r")}
     assert rows["1"]["reply"] is None and rows["1"]["verdict"] is None and "openai/mock answered" in rows["1"]["error"]
     server.answer = lambda body, number: say("ok")
-    assert run(tmp_path / "r", server, cases(3)).done == 1          # only the failed one is asked again
+    assert run(tmp_path / "r", server, cases(3)).done == 1  # only the failed one is asked again
     assert values(tmp_path / "r") == {"0": 1.0, "1": 1.0, "2": 1.0}
 
 
@@ -115,6 +132,7 @@ def test_a_slow_target_times_out(tmp_path, server):
     async def slow():
         await asyncio.sleep(5)
         return say("late")
+
     server.answer = lambda body, number: slow()
     progress = run(tmp_path / "r", server, cases(1), limits=Limits(tries=2, timeout=0.1, pause=0.01))
     row = next(read_run(tmp_path / "r"))
@@ -124,6 +142,7 @@ def test_a_slow_target_times_out(tmp_path, server):
 def test_a_target_that_is_down_stops_the_run_early(tmp_path):
     class Down:
         url = "http://127.0.0.1:1/v1"
+
     with pytest.raises(RunError, match="cannot be reached"):
         run(tmp_path / "r", Down, cases(500), limits=Limits(width=4, tries=2, pause=0.0, give_up=6))
     assert len(values(tmp_path / "r")) < 20
@@ -149,7 +168,9 @@ def test_a_connection_cut_in_the_middle_is_tried_again(tmp_path):
         await reader.readuntil(b"\r\n\r\n")
         seen.append(1)
         body = whole if len(seen) > 1 else whole[:9]
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(whole), body))
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(whole), body)
+        )
         await writer.drain()
         writer.close()
 
@@ -162,6 +183,7 @@ def test_a_connection_cut_in_the_middle_is_tried_again(tmp_path):
             finally:
                 log.close()
                 await target.close()
+
     progress = asyncio.run(go())
     assert (progress.retries, progress.failed) == (1, 0) and values(tmp_path / "r") == {"0": 1.0}
 
@@ -171,7 +193,7 @@ def test_budgets_stop_the_run_and_keep_the_rows(tmp_path, server):
         run(tmp_path / "r", server, cases(50), limits=Limits(width=3, max_calls=7))
     assert len(server.asked) == 7 and len(values(tmp_path / "r")) == 7
     with pytest.raises(BudgetError, match="tokens"):
-        run(tmp_path / "r", server, cases(50), limits=Limits(width=1, max_tokens=20))       # five tokens a reply
+        run(tmp_path / "r", server, cases(50), limits=Limits(width=1, max_tokens=20))  # five tokens a reply
     assert len(values(tmp_path / "r")) == 7 + 4
 
 
@@ -179,6 +201,7 @@ def test_a_judge_that_fails_keeps_the_reply(tmp_path, server):
     class Down(Yes):
         async def __call__(self, messages, case=None):
             raise TargetError("judge model is down")
+
     progress = run(tmp_path / "r", server, cases(4), judge=Down())
     assert progress.failed == 4 and len(server.asked) == 4
     run(tmp_path / "r", server, cases(4))
@@ -189,6 +212,7 @@ def test_a_bug_in_a_judge_is_not_swallowed(tmp_path, server):
     class Bug(Yes):
         async def __call__(self, messages, case=None):
             raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "r", server, cases(4), judge=Bug())
 
@@ -199,10 +223,21 @@ def test_keys_depend_on_all_that_matters():
 
     class Other:
         name, identity = "t", {"name": "t", "base_url": "x"}
+
     base = row_keys(Target(), {"a": 1})("{}", 0)
     assert base == row_keys(Target(), {"a": 1})("{}", 0)
-    assert len({base, row_keys(Other(), {"a": 1})("{}", 0), row_keys(Target(), {"a": 2})("{}", 0), row_keys(Target(), {"a": 1})("{}", 1),
-                row_keys(Target(), {"a": 1})("{ }", 0)}) == 5
+    assert (
+        len(
+            {
+                base,
+                row_keys(Other(), {"a": 1})("{}", 0),
+                row_keys(Target(), {"a": 2})("{}", 0),
+                row_keys(Target(), {"a": 1})("{}", 1),
+                row_keys(Target(), {"a": 1})("{ }", 0),
+            }
+        )
+        == 5
+    )
 
 
 @pytest.mark.parametrize("bad", [{"width": 0}, {"tries": 0}, {"timeout": 0}, {"pause": -1}, {"give_up": 0}])
@@ -218,9 +253,31 @@ def test_progress_line():
 
 
 def start(tmp_path, server, rows, *more):
-    return subprocess.Popen([sys.executable, "-m", "davylamp", "eval", str(rows), "--target", server.target, "--judge", "includes", "--width", "2",
-                             "--runs", str(tmp_path / "runs"), "--quiet", "--json", "--no-report", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, cwd=Path(__file__).parents[2])
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "davylamp",
+            "eval",
+            str(rows),
+            "--target",
+            server.target,
+            "--judge",
+            "includes",
+            "--width",
+            "2",
+            "--runs",
+            str(tmp_path / "runs"),
+            "--quiet",
+            "--json",
+            "--no-report",
+            *more,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
 
 
 def ids(tmp_path):
@@ -232,9 +289,15 @@ def test_killed_and_started_again_ends_the_same(tmp_path, server, number):
     async def answer(body):
         await asyncio.sleep(0.02)
         return say("yes it is")
+
     server.answer = lambda body, number: answer(body)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"id": str(i), "messages": [{"role": "user", "content": str(i)}], "answer": "yes"}) + "\n" for i in range(60)))
+    rows.write_text(
+        "".join(
+            json.dumps({"id": str(i), "messages": [{"role": "user", "content": str(i)}], "answer": "yes"}) + "\n"
+            for i in range(60)
+        )
+    )
     process = start(tmp_path, server, rows)
     while len(server.asked) < 10:
         time.sleep(0.01)
@@ -253,7 +316,7 @@ def test_killed_and_started_again_ends_the_same(tmp_path, server, number):
     assert first == ids(tmp_path) == [record["id"]]
     assert record["status"] == "finished" and record["counts"]["scored"] == 60 and record["estimates"][0]["n"] == 60
     assert max(Counter(body["messages"][0]["content"] for body in server.asked).values()) <= 2
-    assert len(server.asked) <= 60 + 4      # at most the calls in flight were asked twice
+    assert len(server.asked) <= 60 + 4  # at most the calls in flight were asked twice
     fresh = start(tmp_path / "other", server, rows)
     assert json.loads(fresh.communicate(timeout=30)[0])["id"] == record["id"]
 
@@ -262,6 +325,7 @@ def test_two_runs_into_the_same_folder(tmp_path, server):
     async def slow():
         await asyncio.sleep(0.5)
         return say("yes")
+
     server.answer = lambda body, number: slow()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "1", "messages": [{"role": "user", "content": "x"}], "answer": "yes"}\n')

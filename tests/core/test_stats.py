@@ -93,19 +93,23 @@ def test_singles_equal_listed_clusters_of_one():
     assert (listed.value, listed.low, listed.high) == pytest.approx((short.value, short.low, short.high))
 
 
-@pytest.mark.parametrize(("truth", "n", "se", "sp", "m"), [(0.05, 200, 0.9, 0.9, 100), (0.3, 300, 0.8, 0.95, 80), (0.5, 100, 0.7, 0.7, 100)])
+@pytest.mark.parametrize(
+    ("truth", "n", "se", "sp", "m"), [(0.05, 200, 0.9, 0.9, 100), (0.3, 300, 0.8, 0.95, 80), (0.5, 100, 0.7, 0.7, 100)]
+)
 def test_corrected_rate_covers_the_planted_truth(truth, n, se, sp, m):
     rng = np.random.default_rng(2)
     covered = raw = 0
     for _ in range(500):
         bad = rng.binomial(n, truth)
         seen = rate(int(rng.binomial(bad, se) + rng.binomial(n - bad, 1 - sp)), n)
-        fixed = corrected_rate(seen, true_hits=int(rng.binomial(m, se)), positives=m, true_passes=int(rng.binomial(m, sp)), negatives=m)
+        fixed = corrected_rate(
+            seen, true_hits=int(rng.binomial(m, se)), positives=m, true_passes=int(rng.binomial(m, sp)), negatives=m
+        )
         covered += fixed.corrected[1] <= truth <= fixed.corrected[2]
         raw += seen.low <= truth <= seen.high
     assert covered / 500 >= 0.93
     if truth < 0.1:
-        assert raw / 500 < 0.7       # the control: what the judge says uncorrected is off
+        assert raw / 500 < 0.7  # the control: what the judge says uncorrected is off
 
 
 def test_a_judge_that_says_nothing_corrects_nothing():
@@ -131,7 +135,9 @@ def test_bootstrap_is_reproducible_and_clustered_is_wider():
 def test_paired_p_is_mcnemars(pairs):
     a, b = ([float(pair[i]) for pair in pairs] for i in (0, 1))
     estimate = paired_difference(a, b, rng=np.random.default_rng(0))
-    assert estimate.p == pytest.approx(mcnemar(sum(x > y for x, y in zip(a, b, strict=True)), sum(x < y for x, y in zip(a, b, strict=True))))
+    assert estimate.p == pytest.approx(
+        mcnemar(sum(x > y for x, y in zip(a, b, strict=True)), sum(x < y for x, y in zip(a, b, strict=True)))
+    )
     assert estimate.low <= estimate.value <= estimate.high
 
 
@@ -139,7 +145,7 @@ def test_paired_test_holds_its_level_under_clusters():
     rng = np.random.default_rng(3)
     small = 0
     for _ in range(200):
-        shift = np.repeat(rng.normal(size=15), 8)      # whole groups move together, no true difference
+        shift = np.repeat(rng.normal(size=15), 8)  # whole groups move together, no true difference
         a, b = (rng.random(120) < 0.5).astype(float), ((rng.random(120) + 0.15 * shift) < 0.5).astype(float)
         small += paired_difference(a, b, groups=[str(i // 8) for i in range(120)], rng=rng).p < 0.05
     assert small / 200 <= 0.10

@@ -26,7 +26,16 @@ def test_slices_unscored_and_failed():
 
 
 def test_where_flip_and_crossed_slices():
-    tally = Tally((Metric("over_refusal_rate", flip=True, where=(("meta.label", "safe"),), by=("meta.arm", "meta.arm*category", "meta.kind")),))
+    tally = Tally(
+        (
+            Metric(
+                "over_refusal_rate",
+                flip=True,
+                where=(("meta.label", "safe"),),
+                by=("meta.arm", "meta.arm*category", "meta.kind"),
+            ),
+        )
+    )
     tally.add(row("1", 0.0, category="c", meta={"label": "safe", "arm": "x", "kind": "advice"}))
     tally.add(row("2", 1.0, category="c", meta={"label": "safe", "arm": "y"}))
     tally.add(row("3", 0.0, category="c", meta={"label": "unsafe", "arm": "x"}))
@@ -82,5 +91,7 @@ def test_the_judges_error_is_taken_out_also_when_flipped():
 
 
 def test_metrics_survive_json():
-    metric = Metric("a", flip=True, where=(("meta.x", 1),), by=("category",), against=("meta.arm", "a", "b"), higher_is_better=True)
+    metric = Metric(
+        "a", flip=True, where=(("meta.x", 1),), by=("category",), against=("meta.arm", "a", "b"), higher_is_better=True
+    )
     assert metric_from(metric_json(metric)) == metric
