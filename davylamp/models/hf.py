@@ -1,0 +1,336 @@
+"""`hf/<path or id>`: a transformers model with its own chat template, asked in micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging as transformers_logging
+
+from davylamp.core.errors import InputError, TargetError, UnknownNameError
+from davylamp.core.nouns import Message
+from davylamp.core.rows import canonical
+from davylamp.models.batching import MicroBatcher
+from davylamp.models.thinking import split_thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SETTINGS = ("max_tokens", "temperature", "top_p", "top_k", "stop")
+MAX_TOKENS = 256
+WIDTH = 64
+
+
+class HFTarget:
+    """A loaded model as a target. Greedy unless `temperature` is above 0; then every row draws with its own seed, so that its reply does
+    not depend on the rows it is batched with. Text only: no pictures, no tool calls.
+
+    settings: max_tokens (default 256), temperature, top_p, top_k, stop (a text or a list). A template that takes no system role (Gemma)
+    gets the system text in front of the first user turn.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        identity: Mapping[str, Any],
+        *,
+        width: int = WIDTH,
+    ):
+        self.model, self.tokenizer, self.name, self.identity = model, tokenizer, name, dict(identity)
+        self._batcher = MicroBatcher(self._batch, width=width, key=lambda item: item[2], size=lambda item: len(item[0]))
+
+    async def __call__(self, messages: Sequence[Message], *, seed: int = 0, **settings: Any) -> Message:
+        check_settings(settings)
+        ids = prompt_ids(self.tokenizer, messages)
+        reply: Message = await self._batcher.submit((ids, seed, canonical(settings), settings))
+        return reply
+
+    def _batch(self, items: list[tuple[list[int], int, str, dict[str, Any]]]) -> list[Message | Exception]:
+        return _generate(
+            self.model, self.tokenizer, [item[0] for item in items], [item[1] for item in items], items[0][3]
+        )
+
+    async def close(self) -> None:
+        await self._batcher.close()
+
+
+def load(path: str) -> HFTarget:
+    """The model of a folder, or of a hub id. Half precision is kept on a GPU and widened to float32 on a CPU, where it would crawl.
+
+    Raises InputError for a folder without a model, for an id that the hub does not give, and for a tokenizer without a chat template.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{path} holds no config.json. Expected a folder written by save_pretrained, or a hub id such as org/model"
+        )
+    if not folder.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise InputError(
+            f"there is no folder {path}. Expected a folder written by save_pretrained, or a hub id such as org/model"
+        )
+    source = str(folder) if folder.exists() else path
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError, KeyError, ImportError) as problem:
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise InputError(
+            f"{path} could not be loaded: {first}. Is the folder whole, the id right, the hub reachable?"
+        ) from None
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {path} has no chat template, so it cannot be asked as a chat. Add chat_template.jinja to its folder, or "
+            "write the prompt yourself in a python/<file.py>:<function> target"
+        )
+    if device == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+        model = model.float()
+    model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    name = f"hf/{path}"
+    identity = {
+        "name": name,
+        "model": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **_hashes(source, model),
+    }
+    return HFTarget(model, tokenizer, name, identity)
+
+
+def _hashes(source: str, model: PreTrainedModel) -> dict[str, str]:
+    """The hub's commit, or a hash over the folder's weights, configuration, tokenizer and template."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return {"commit": str(getattr(model.config, "_commit_hash", None) or "unknown")}
+    state = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
+            state.update(f"{file.relative_to(folder)}\n".encode())
+            with file.open("rb") as opened:
+                while block := opened.read(2**20):
+                    state.update(block)
+    return {"sha256": state.hexdigest()}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UnknownNameError or InputError for a setting that generation does not take."""
+    for name in settings:
+        if name not in SETTINGS:
+            raise UnknownNameError("setting of an hf target", name, SETTINGS)
+    for name, low, high, kind in (
+        ("max_tokens", 1, math.inf, int),
+        ("temperature", 0, math.inf, float),
+        ("top_k", 1, math.inf, int),
+    ):
+        value = settings.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | kind) or not low <= value <= high
+        ):
+            raise InputError(f"{name} must be a number of {low} or more, got {value!r}")
+    top_p = settings.get("top_p")
+    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1):
+        raise InputError(f"top_p must be in (0, 1], got {top_p!r}")
+    stop = settings.get("stop")
+    if stop is not None and not (
+        isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(text, str) for text in stop))
+    ):
+        raise InputError(f"stop must be a text or a list of texts, got {stop!r}")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The prompt's tokens by the tokenizer's chat template, up to where the reply begins. Raises InputError or TargetError."""
+    if any(message.media or message.calls for message in messages):
+        raise InputError("an hf target takes text only, got a message with media or tool calls")
+    turns = [{"role": message.role, "content": message.text} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except jinja2.exceptions.TemplateError as problem:
+        if turns[:1] and turns[0]["role"] == "system" and len(turns) > 1 and turns[1]["role"] == "user":
+            merged = [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
+            try:
+                text = tokenizer.apply_chat_template(merged, tokenize=False, add_generation_prompt=True)
+            except jinja2.exceptions.TemplateError as second:
+                raise TargetError(f"the chat template refused the conversation: {second}") from None
+        else:
+            raise TargetError(f"the chat template refused the conversation: {problem}") from None
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    seeds: Sequence[int] | None = None,
+    width: int = WIDTH,
+    **settings: Any,
+) -> list[Message]:
+    """One reply to each conversation, in their order, `width` at a time by length. Settings as in `HFTarget`; seeds: one a conversation.
+
+    Raises TargetError for a prompt longer than the model takes.
+    """
+    check_settings(settings)
+    seeds = list(seeds) if seeds is not None else [0] * len(conversations)
+    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: dict[int, Message] = {}
+    for part in (order[at : at + width] for at in range(0, len(order), width)):
+        replies = _generate(model, tokenizer, [prompts[i] for i in part], [seeds[i] for i in part], settings)
+        for i, reply in zip(part, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            found[i] = reply
+    return [found[i] for i in range(len(prompts))]
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+) -> list[Message | Exception]:
+    """A reply or a TargetError to each prompt."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    out: dict[int, Message | Exception] = {
+        i: TargetError(f"the prompt has {len(prompt)} tokens; the model takes {room}, with one or more for the reply")
+        for i, prompt in enumerate(prompts)
+        if len(prompt) >= room
+    }
+    fitting = [i for i in range(len(prompts)) if i not in out]
+    # Rows in one batch share their number of new tokens, so a row near the model's end is asked with others near it, or alone.
+    wanted = int(settings.get("max_tokens") or MAX_TOKENS)
+    groups: dict[int, list[int]] = {}
+    for i in fitting:
+        groups.setdefault(min(wanted, room - len(prompts[i])), []).append(i)
+    for new, rows in groups.items():
+        replies = _ask(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], new, settings)
+        out.update(zip(rows, replies, strict=True))
+    return [out[i] for i in range(len(prompts))]
+
+
+def _ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    new: int,
+    settings: Mapping[str, Any],
+) -> list[Message]:
+    ends = _ends(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(ends)), 0)
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    processors = LogitsProcessorList()
+    if settings.get("temperature"):
+        processors.append(_Draw(seeds, float(settings["temperature"]), settings.get("top_k"), settings.get("top_p")))
+    stop = settings.get("stop") or []
+    stops = [stop] if isinstance(stop, str) else [text for text in stop if text]
+    criteria = StoppingCriteriaList([_Stops(tokenizer, stops, longest)] if stops else [])
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the checkpoint's own generation settings, which greedy decoding overrides
+        made: torch.Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            max_length=None,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+        )
+    out = []
+    for prompt, row in zip(prompts, made[:, longest:].tolist(), strict=True):
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        used = row if end is None else row[:end]
+        finish = "length" if end is None else "stop"
+        text = _text(tokenizer, used)
+        cut = min((at for at in (text.find(word) for word in stops) if at >= 0), default=None)
+        if cut is not None:
+            text, finish = text[:cut], "stop"
+            used = row[: _tokens_until(tokenizer, row, cut)]
+        opened = str(tokenizer.decode(prompt[-8:])).rstrip().lower().endswith(("<think>", "<thinking>"))
+        reasoning, answer = split_thinking("<think>" + text if opened else text)
+        done = len(used) + (end is not None and cut is None)
+        out.append(Message("assistant", answer.strip(), reasoning=reasoning, finish=finish, tokens=(len(prompt), done)))
+    return out
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> str:
+    return str(tokenizer.decode(row, skip_special_tokens=True))
+
+
+def _tokens_until(tokenizer: PreTrainedTokenizerBase, row: list[int], cut: int) -> int:
+    """How many tokens it takes to write more than `cut` characters."""
+    return next((n for n in range(1, len(row) + 1) if len(_text(tokenizer, row[:n])) > cut), len(row))
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a reply, by the model's generation settings and the tokenizer."""
+    given = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = {given} if isinstance(given, int) else set(given or ())
+    return ends | ({int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set())
+
+
+class _Draw(LogitsProcessor):
+    """Turns greedy decoding into sampling: adds Gumbel noise from a generator per row, so that the largest is a draw (Gumbel-max trick)."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_k: int | None, top_p: float | None):
+        self.generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """scores: (rows, vocabulary) logits."""
+        scores = scores.float() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, places = scores.sort(dim=-1, descending=True)
+            share = ordered.softmax(-1)
+            before = share.cumsum(-1) - share  # the probability of all that are likelier
+            scores = scores.masked_fill((before >= self.top_p).gather(-1, places.argsort(-1)), -math.inf)
+        noise = torch.stack([torch.rand(scores.shape[-1], generator=each) for each in self.generators])
+        return scores - (-noise.clamp_min(1e-20).log()).log().to(scores.device)
+
+
+class _Stops(StoppingCriteria):
+    """Ends a row whose reply holds one of the texts. transformers' own raises on texts that a vocabulary of words cannot spell."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: int):
+        self.tokenizer, self.texts, self.start = tokenizer, texts, start
+        self.window = (
+            max(len(text) for text in texts) + 8
+        )  # tokens; a token is at least one character of what could be left of a text
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """input_ids: (rows, tokens so far)."""
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
+        done = [any(text in _text(self.tokenizer, tail) for text in self.texts) for tail in tails]
+        return torch.tensor(done, device=input_ids.device)
