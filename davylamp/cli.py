@@ -275,12 +275,24 @@ def judge_ask(name: str, reply: str, request: str) -> None:
     "--out", type=click.Path(path_type=Path), help="Where to write [default: report.html in the first run's folder]."
 )
 @click.option("--title", help="Headline of the report.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "eval"]),
+    default="html",
+    show_default=True,
+    help="eval: a log for `inspect view`, run.eval in each run's folder.",
+)
 @runs_option
-def report(run: tuple[str, ...], out: Path | None, title: str | None, runs: Path) -> None:
-    """Write the HTML report of one or more RUNs (folder, start of an id, or last)."""
+def report(run: tuple[str, ...], out: Path | None, title: str | None, form: str, runs: Path) -> None:
+    """Write the HTML report, or inspect logs, of one or more RUNs (folder, start of an id, or last)."""
     from davylamp.core.record import find_run, load
 
     folders = [find_run(runs, name) for name in run]
+    if form == "eval":
+        for path in _logs(folders, out, title):
+            click.echo(str(path))
+        return
     path = out or folders[0] / "report.html"
     _report(path.parent, folders, title=title or load(folders[0]).name, path=path)
     click.echo(str(path))
@@ -366,7 +378,7 @@ def again(run: str, target: str | None, runs: Path) -> None:
     main(args=command, standalone_mode=False)
 
 
-@main.command()
+@main.command(context_settings=FREE)
 @click.argument("name", metavar="STUDY")
 @click.option(
     "--size", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How much to compute."
@@ -374,11 +386,17 @@ def again(run: str, target: str | None, runs: Path) -> None:
 @click.option("--seeds", help="Seeds, e.g. 0,1,2 [default: the study's].")
 @runs_option
 @json_option
-def study(name: str, size: str, seeds: str | None, runs: Path, as_json: bool) -> None:
-    """Run a study: its claims beside their controls. Exit 1 if a claim does not hold."""
+@click.pass_context
+def study(ctx: click.Context, name: str, size: str, seeds: str | None, runs: Path, as_json: bool) -> None:
+    """Run a study: its claims beside their controls. Exit 1 if a claim does not hold.
+
+    A study's own options follow its name: davylamp study filter_comparison --rows FILE. `davylamp show NAME` lists them.
+    """
     from davylamp.study import run_study
 
-    folder, record = run_study(name, size=size, seeds=seeds, runs=runs, command=sys.argv[1:])
+    folder, record = run_study(
+        name, size=size, seeds=seeds, options=_extra(ctx.args, name), runs=runs, command=sys.argv[1:]
+    )
     _report(folder, [folder], title=f"study {record.name}")
     _print(folder, record, as_json)
     if any(claim["held"] is not True for claim in record.claims):
@@ -391,19 +409,23 @@ def annotate() -> None:
 
 
 @annotate.command("export")
-@click.argument("run")
+@click.argument("run", nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--annotators", type=int, default=2, show_default=True, help="Sheets to write, each in its own order.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order.")
 @runs_option
-def annotate_export(run: str, out: Path, annotators: int, seed: int, runs: Path) -> None:
-    """Write one blind, shuffled sheet per annotator for RUN into folder OUT. The sheets hold prompts and replies: handle with care."""
+def annotate_export(run: tuple[str, ...], out: Path, annotators: int, seed: int, runs: Path) -> None:
+    """Write one blind, shuffled sheet per annotator for one or more RUNs into folder OUT.
+
+    The sheets hold prompts and replies: handle with care.
+    """
     from numpy.random import default_rng
 
     from davylamp.core.record import find_run
     from davylamp.data.annotate import export_sheets
 
-    for path in export_sheets(find_run(runs, run), out, annotators=annotators, rng=default_rng(seed)):
+    folders = [find_run(runs, name) for name in run]
+    for path in export_sheets(folders, out, annotators=annotators, rng=default_rng(seed)):
         click.echo(str(path))
 
 
@@ -483,7 +505,7 @@ def _await(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _extra(words: Sequence[str], name: str) -> dict[str, str]:
-    """`--key value`, `--key=value` and bare flags that follow a suite's name.
+    """`--key value`, `--key=value` and bare flags that follow a suite's or study's name.
 
     >>> _extra(["--rows", "a.csv", "--partial", "--arms=none"], "demo")
     {'rows': 'a.csv', 'partial': 'true', 'arms': 'none'}
@@ -493,9 +515,7 @@ def _extra(words: Sequence[str], name: str) -> dict[str, str]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise InputError(
-                f"{word!r} belongs to no option. A suite's options follow its name: davylamp eval {name} --option value"
-            )
+            raise InputError(f"{word!r} belongs to no option. Options follow the name: {name} --option value")
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
@@ -557,6 +577,21 @@ def _report(folder: Path, folders: Sequence[Path], *, title: str, path: Path | N
     from davylamp.report.html import write_report
 
     write_report(path or folder / "report.html", folders, title=title, **more)
+
+
+def _logs(folders: Sequence[Path], out: Path | None, title: str | None) -> list[Path]:
+    """Each run as an inspect log; a `check` stands for its runs."""
+    from davylamp.core.needs import need
+
+    need("inspect", "report --format eval")
+    from davylamp.inspect_bridge import write_log
+    from davylamp.report.runs import gather
+
+    found = [run.folder for run in gather(folders)]
+    if title is not None or (out is not None and len(found) != 1):
+        what = "no --title" if title is not None else f"one run with --out, got {len(found)}"
+        raise InputError(f"--format eval takes {what}")
+    return [write_log(folder, out or folder / "run.eval") for folder in found]
 
 
 def _echo_json(value: Any) -> None:

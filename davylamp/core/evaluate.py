@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from davylamp.core.errors import DavylampError, InputError, TargetError
-from davylamp.core.judges import LoadedJudge, load_judge
+from davylamp.core.judges import LoadedJudge, load_judge, split_spec
 from davylamp.core.nouns import Case, Message, Metric, Record, Suite, Target
 from davylamp.core.record import folder_for, load, new_record, save
 from davylamp.core.registry import find
@@ -28,7 +28,10 @@ PLAIN_METRICS = {
     "refused": Metric("refusal_rate"),
     "unsafe": Metric("unsafe_rate"),
     "correct": Metric("accuracy", higher_is_better=True),
+    "safety": Metric("safety_score", higher_is_better=True),
 }
+#: Judges of these stand in for each other: to comply with a harmful request is unsafe.
+ALIKE = frozenset({"complied", "unsafe"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,21 @@ class _First:
 
 
 def metrics_of(suite: Suite, judge: LoadedJudge) -> tuple[Metric, ...]:
-    return suite.metrics or (PLAIN_METRICS.get(judge.measures, Metric(judge.measures)),)
+    """The suite's metrics, where the judge measures what they are made for. Raises InputError where it does not."""
+    if not suite.metrics:
+        return (PLAIN_METRICS.get(judge.measures, Metric(judge.measures)),)
+    own = find(("judge", "guard"), split_spec(suite.judge)[0])
+    return _metrics_for(suite.metrics, own.measures, judge, suite.name)
+
+
+def _metrics_for(metrics: tuple[Metric, ...], wanted: str, judge: LoadedJudge, suite: str) -> tuple[Metric, ...]:
+    if judge.measures == wanted or {judge.measures, wanted} <= ALIKE:
+        return metrics
+    if (
+        judge.measures == "safety" and wanted in ALIKE
+    ):  # three levels: not 1 - unsafe rate, so it gets a name of its own
+        return (replace(PLAIN_METRICS["safety"], by=metrics[0].by),)
+    raise InputError(f"{suite} is scored by a judge that measures {wanted}; {judge.name} measures {judge.measures}")
 
 
 async def evaluate(
@@ -238,9 +255,11 @@ async def rejudge(
     if old.verb != "eval":
         raise InputError(f"{folder.name} is a {old.verb} run: only an eval run can be judged again")
     metrics = tuple(metric_from(row) for row in old.inputs["suite"]["metrics"])
-    same = {item.name for item in PLAIN_METRICS.values()}
-    if len(metrics) == 1 and metrics[0].name in same:
+    measured = str(old.inputs["judge"].get("measures", ""))
+    if metrics == (PLAIN_METRICS.get(measured, Metric(measured)),):
         metrics = (PLAIN_METRICS.get(judge.measures, Metric(judge.measures)),)
+    else:
+        metrics = _metrics_for(metrics, measured, judge, old.name)
     suite = {**old.inputs["suite"], "metrics": [metric_json(metric) for metric in metrics]}
     record = new_record(
         "eval",

@@ -60,8 +60,12 @@ def load_judge(spec: str) -> LoadedJudge:
     function = entry.load()(**options)
     if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(type(function).__call__):
         raise InputError(f"{name} must return an async function (messages, case=None), got {type(function).__name__}")
-    identity = {"name": entry.name, "version": entry.version, "options": options, **getattr(function, "identity", {})}
-    return LoadedJudge(entry.name, entry.measures or "value", identity, function, getattr(function, "batch", None))
+    measures = (
+        getattr(function, "measures", entry.measures) or "value"
+    )  # a judge with a rubric knows only when it is loaded
+    identity = {"name": entry.name, "version": entry.version, "measures": measures, "options": options}
+    identity |= getattr(function, "identity", {})
+    return LoadedJudge(entry.name, measures, identity, function, getattr(function, "batch", None))
 
 
 def normalise(text: str) -> str:

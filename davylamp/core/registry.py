@@ -223,6 +223,13 @@ def read(file: Path, module: str | None = None) -> list[Entry]:
     except (SyntaxError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not readable Python: {error}") from None
     entries = []
+    aliases = {  # `Style = Literal["plain", …]` at the top of the file may stand in an annotation
+        node.targets[0].id: ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and ast.unparse(node.value).startswith("Literal[")
+    }
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -248,7 +255,7 @@ def read(file: Path, module: str | None = None) -> list[Entry]:
             params = tuple(
                 Param(
                     arg.arg,
-                    ast.unparse(arg.annotation) if arg.annotation else "str",
+                    aliases.get(ast.unparse(arg.annotation), ast.unparse(arg.annotation)) if arg.annotation else "str",
                     None if default is None else _default(default),
                     required=default is None,
                 )

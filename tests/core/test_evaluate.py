@@ -272,3 +272,60 @@ def test_verdict_of_a_lone_surrogate_can_be_stored(tmp_path, rows, server):
             await target.close()
 
     assert asyncio.run(go())[1].counts["scored"] == 20
+
+
+JUDGE = '''
+from davylamp.core import Verdict, guard
+
+
+@guard(version=1, source="x", licence="x", stage="evaluation", threats=(), measures="{measures}")
+def told():
+    """Half."""
+    async def judge(messages, case=None):
+        return Verdict(0.5)
+    return judge
+'''
+HARM = '''
+from davylamp.core import Case, Message, Metric, Suite, suite
+
+
+@suite(version=1, source="x", licence="x", stage="evaluation", threats=())
+def harm():
+    """One question."""
+    cases = (Case("1", (Message("user", "q"),), category="a"),)
+    return Suite("harm", cases, "refusal", (Metric("unsafe_rate", by=("category",)),))
+'''
+
+
+@pytest.mark.parametrize(
+    ("measures", "name"), [("complied", "unsafe_rate"), ("unsafe", "unsafe_rate"), ("safety", "safety_score")]
+)
+def test_a_judge_of_the_same_thing_takes_the_suites_metrics(tmp_path, server, measures, name):
+    judge, suite = tmp_path / "told.py", tmp_path / "harm.py"
+    judge.write_text(JUDGE.format(measures=measures))
+    suite.write_text(HARM)
+    server.answer = lambda body, number: say("yes")
+    _, record = run(tmp_path, suite, server, judge=str(judge))
+    assert {(e.name, e.category, e.value) for e in record.estimates} == {(name, None, 0.5), (name, "a", 0.5)}
+    assert record.inputs["judge"]["measures"] == measures
+
+
+@pytest.mark.parametrize("measures", ["refused", "correct"])
+def test_a_judge_of_something_else_is_refused_before_anything_is_asked(tmp_path, server, measures):
+    judge, suite = tmp_path / "told.py", tmp_path / "harm.py"
+    judge.write_text(JUDGE.format(measures=measures))
+    suite.write_text(HARM)
+    with pytest.raises(InputError, match=f"scored by a judge that measures complied; told measures {measures}"):
+        run(tmp_path, suite, server, judge=str(judge))
+    assert not server.asked
+
+
+def test_rejudging_with_a_judge_of_something_else_is_refused(tmp_path, server):
+    suite, one, other = tmp_path / "harm.py", tmp_path / "one.py", tmp_path / "other.py"
+    suite.write_text(HARM.replace("unsafe_rate", "harm_rate"))
+    one.write_text(JUDGE.format(measures="unsafe"))
+    other.write_text(JUDGE.format(measures="refused").replace("told", "other"))
+    server.answer = lambda body, number: say("yes")
+    folder, _ = run(tmp_path, suite, server, judge=str(one))
+    with pytest.raises(InputError, match="other measures refused"):
+        asyncio.run(rejudge(folder, load_judge(str(other)), runs=tmp_path / "runs", quiet=True))

@@ -134,3 +134,16 @@ def test_an_entry_point_adds_a_thing(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         registry.plugins.cache_clear()
+
+
+def test_a_literal_named_at_the_top_of_the_file_is_checked_like_one_written_out(tmp_path):
+    file = tmp_path / "named.py"
+    file.write_text(
+        'from typing import Literal\nfrom davylamp.core import suite\n\nStyle = Literal["plain", "mixed"]\n\n\n'
+        '@suite(version=1, source="x", licence="x", stage="evaluation", threats=())\n'
+        'def named(*, style: Style = "plain"):\n    """A suite."""\n'
+    )
+    entry = find("suite", str(file))
+    assert entry.options({"style": "mixed"}) == {"style": "mixed"}
+    with pytest.raises(InputError, match="option style of named must be Literal"):
+        entry.options({"style": "loud"})
