@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/pytest -q -n 2 --dist worksteal
 export OMP_NUM_THREADS = 1
 
 .PHONY: help tour setup check test slow claims docs organisms bench size clean
@@ -19,16 +20,16 @@ check: $(VENV)/dev.done ## format, lint, types and quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: $(VENV)/dev.done  ## all tests
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 slow: $(VENV)/dev.done  ## only the slow tests
-	$(BIN)/pytest -q -m slow
+	$(PYTEST) -m slow
 
 claims: $(VENV)/dev.done ## every claim beside its control
-	$(BIN)/pytest -q tests/claims
+	$(PYTEST) tests/claims
 
 docs: $(VENV)/dev.done  ## the documentation site, in site/
 	$(INSTALL) -e '.[docs]'
@@ -36,7 +37,7 @@ docs: $(VENV)/dev.done  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict
 
 organisms: $(VENV)/hf.done ## train the built-in models again from scratch (three seeds, under an hour)
-	$(BIN)/python -m davylamp.models.organism make
+	$(BIN)/python -m davylamp.models.organism_make all
 
 bench: $(VENV)/dev.done ## the speed table of docs/performance.md
 	for file in benchmarks/runner.py benchmarks/hf_batching.py benchmarks/report.py; do $(BIN)/python $$file || exit 1; done
@@ -56,5 +57,5 @@ $(VENV)/hf.done: $(VENV)/pip.done pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/pip.done pyproject.toml constraints.txt
-	$(INSTALL) -e '.[hf,data,inspect,dev]'
+	$(INSTALL) -e '.[all,dev]'
 	@touch $@

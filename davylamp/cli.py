@@ -27,11 +27,35 @@ T = TypeVar("T")
 FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
+#: The help page, in the order of a day's work; a test holds it against the commands that there are.
+SECTIONS = {
+    "Measure": ("check", "eval", "judge", "annotate", "study"),
+    "Attack": ("attack", "redteam"),
+    "Look inside": ("interp", "explain", "scan"),
+    "Change": ("audit", "data", "train", "edit", "repair"),
+    "Guard": ("guard", "serve"),
+    "Runs": ("report", "compare", "rejudge", "again"),
+    "Help yourself": ("tour", "list", "show", "new", "doctor"),
+}
+
+
 class Commands(click.Group):
     """Turns our errors into exit codes, and a misspelt command into a suggestion; commands keep the order of the file."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, names in SECTIONS.items():
+            rows = [
+                (name.ljust(width), self.commands[name].get_short_help_str(90))
+                for name in names
+                if name in self.commands
+            ]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         command = super().get_command(ctx, name)
@@ -608,3 +632,6 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
 
         print_record(record)
     click.echo(f"{folder}/" + ("report.html" if (folder / "report.html").is_file() else "record.json"), err=True)
+
+
+import davylamp.cli_make  # noqa: E402, F401  what makes things hangs itself on `main`, so it comes last

@@ -8,8 +8,9 @@ from davylamp.core.errors import InputError, NeedsError
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "hf": ("torch", "transformers", "safetensors"),
+    "train": ("torch", "transformers", "safetensors", "peft", "trl", "datasets", "accelerate"),
     "data": ("datasets",),
-    "guard": ("sklearn",),
+    "guard": ("torch", "transformers", "safetensors", "sklearn", "sqlalchemy"),
     "inspect": ("inspect_ai",),
 }
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,14 @@ class CaseFile:
             yield case
         if not seen:
             raise InputError(f"{self.path.name} holds no rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A case that a `@data` function leaves out, and why, in a few words that can be counted."""
+
+    case: Case
+    reason: str
 
 
 def write_cases(path: Path, cases: Iterable[Case]) -> int:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.utils import logging as transformers_logging
 
 from davylamp.core.errors import InputError, TargetError, UnknownNameError
 from davylamp.core.nouns import Message
 from davylamp.core.rows import canonical
 from davylamp.models.batching import MicroBatcher
+from davylamp.models.loading import identity, load_pair
 from davylamp.models.thinking import split_thinking
 
 if TYPE_CHECKING:
@@ -75,61 +71,15 @@ def load(path: str) -> HFTarget:
 
     Raises InputError for a folder without a model, for an id that the hub does not give, and for a tokenizer without a chat template.
     """
-    folder = Path(path).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{path} holds no config.json. Expected a folder written by save_pretrained, or a hub id such as org/model"
-        )
-    if not folder.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise InputError(
-            f"there is no folder {path}. Expected a folder written by save_pretrained, or a hub id such as org/model"
-        )
-    source = str(folder) if folder.exists() else path
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    except (OSError, ValueError, KeyError, ImportError) as problem:
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise InputError(
-            f"{path} could not be loaded: {first}. Is the folder whole, the id right, the hub reachable?"
-        ) from None
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    model, tokenizer = load_pair(path)
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {path} has no chat template, so it cannot be asked as a chat. Add chat_template.jinja to its folder, or "
             "write the prompt yourself in a python/<file.py>:<function> target"
         )
-    if device == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
-        model = model.float()
-    model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     name = f"hf/{path}"
-    identity = {
-        "name": name,
-        "model": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **_hashes(source, model),
-    }
-    return HFTarget(model, tokenizer, name, identity)
-
-
-def _hashes(source: str, model: PreTrainedModel) -> dict[str, str]:
-    """The hub's commit, or a hash over the folder's weights, configuration, tokenizer and template."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return {"commit": str(getattr(model.config, "_commit_hash", None) or "unknown")}
-    state = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"):
-            state.update(f"{file.relative_to(folder)}\n".encode())
-            with file.open("rb") as opened:
-                while block := opened.read(2**20):
-                    state.update(block)
-    return {"sha256": state.hexdigest()}
+    kind = {"model": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
+    return HFTarget(model, tokenizer, name, {**identity(path, model), **kind, "name": name})
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 import pytest
 
+from davylamp.core import registry
 from davylamp.core.errors import InputError, NeedsError, UnknownNameError
 from davylamp.core.registry import Param, coerce, entries, find, read
 
@@ -147,3 +148,19 @@ def test_a_literal_named_at_the_top_of_the_file_is_checked_like_one_written_out(
     assert entry.options({"style": "mixed"}) == {"style": "mixed"}
     with pytest.raises(InputError, match="option style of named must be Literal"):
         entry.options({"style": "loud"})
+
+
+def test_reading_the_marked_functions_alone_finds_what_reading_whole_files_finds(monkeypatch):
+    quick = registry.builtin()
+    monkeypatch.setattr(registry, "_marked", lambda text: registry.ast.parse(text).body)
+    registry.builtin.cache_clear()
+    try:
+        assert registry.builtin() == quick
+    finally:
+        monkeypatch.undo()
+        registry.builtin.cache_clear()
+
+
+def test_a_marked_function_inside_a_text_is_text():
+    text = 'X = """\n@suite(version=1)\ndef no():\n    pass\n"""\n\n\n@suite(version=1)\ndef yes(\n    *, a: int = 1\n):\n    """Doc."""\n'
+    assert [node.name for node in registry._marked(text)] == ["yes"]

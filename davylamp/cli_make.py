@@ -1,0 +1,140 @@
+"""The commands that make or change things: rows, models, maps of models. The rest of the command line is in `cli.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from davylamp.cli import FREE, _extra, _print, _report, json_option, main, runs_option
+
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything that is drawn.")
+ROWS = click.Path(path_type=Path, exists=False)
+
+
+def out_option(what: str) -> Callable[..., Any]:
+    return click.option("--out", required=True, type=click.Path(path_type=Path), help=f"Where to write {what}.")
+
+
+@main.command("data", context_settings=FREE)
+@click.argument("name")
+@click.argument("source", metavar="IN")
+@click.argument("out", type=click.Path(path_type=Path))
+@SEED
+@runs_option
+@json_option
+@click.pass_context
+def data_command(ctx: click.Context, name: str, source: str, out: Path, seed: int, runs: Path, as_json: bool) -> None:
+    """Make rows OUT from rows IN (`-`: none) by NAME: filter, mix, label or generate them.
+
+    Dropped rows go to OUT.dropped.jsonl, each with its reason. NAME's own options follow it: `davylamp show NAME` lists them.
+    """
+    from davylamp.apply import run_data
+
+    folder, record = run_data(
+        name, source, out, seed=seed, options=_extra(ctx.args, name), runs=runs, command=sys.argv[1:]
+    )
+    _print(folder, record, as_json)
+
+
+@main.command("train", context_settings=FREE)
+@click.argument("name")
+@click.argument("model")
+@click.argument("rows", type=ROWS)
+@out_option("the trained model")
+@SEED
+@runs_option
+@json_option
+@click.pass_context
+def train_command(
+    ctx: click.Context, name: str, model: str, rows: Path, out: Path, seed: int, runs: Path, as_json: bool
+) -> None:
+    """Train MODEL on ROWS (each ends in the reply to learn) by NAME: a folder, a hub id or organism/NAME.
+
+    NAME's own options follow it: `davylamp show NAME` lists them.
+    """
+    from davylamp.apply import run_train
+
+    folder, record = run_train(
+        name, model, rows, out, seed=seed, options=_extra(ctx.args, name), runs=runs, command=sys.argv[1:]
+    )
+    _report(folder, [folder], title=f"train {record.name}")
+    _print(folder, record, as_json)
+
+
+@main.command("edit", context_settings=FREE)
+@click.argument("name")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL [OTHER]...")
+@click.option("--rows", type=ROWS, help="Rows that the edit looks at, where it needs any.")
+@out_option("the edited model")
+@SEED
+@runs_option
+@json_option
+@click.pass_context
+def edit_command(
+    ctx: click.Context,
+    name: str,
+    models: tuple[str, ...],
+    rows: Path | None,
+    out: Path,
+    seed: int,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Change MODEL's weights by NAME without training: merge, mask, add a residual. Streams from folder to folder.
+
+    NAME's own options follow it: `davylamp show NAME` lists them.
+    """
+    from davylamp.apply import run_edit
+
+    names, options = _names_and_options((*models, *ctx.args), name)
+    folder, record = run_edit(
+        name, names[0], names[1:], out, rows=rows, seed=seed, options=options, runs=runs, command=sys.argv[1:]
+    )
+    _report(folder, [folder], title=f"edit {record.name}")
+    _print(folder, record, as_json)
+
+
+@main.command("interp", context_settings=FREE)
+@click.argument("name")
+@click.argument("model")
+@click.option("--rows", type=ROWS, help="Rows that are put to the model.")
+@click.option("--other", help="A second model, for the things that compare two.")
+@SEED
+@runs_option
+@json_option
+@click.pass_context
+def interp_command(
+    ctx: click.Context,
+    name: str,
+    model: str,
+    rows: Path | None,
+    other: str | None,
+    seed: int,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Look inside MODEL by NAME: which heads, layers or directions carry what.
+
+    NAME's own options follow it: `davylamp show NAME` lists them.
+    """
+    from davylamp.apply import run_interp
+
+    folder, record = run_interp(
+        name, model, rows, other=other, seed=seed, options=_extra(ctx.args, name), runs=runs, command=sys.argv[1:]
+    )
+    _report(folder, [folder], title=f"{record.name} of {model}")
+    _print(folder, record, as_json)
+
+
+def _names_and_options(words: tuple[str, ...], name: str) -> tuple[list[str], dict[str, str]]:
+    """Models first, then NAME's own options: what click hands over in one list.
+
+    >>> _names_and_options(("a", "b", "--weight", "0.5"), "merge")
+    (['a', 'b'], {'weight': '0.5'})
+    """
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    return list(words[:first]), _extra(words[first:], name)
