@@ -241,7 +241,8 @@ def corrected_rate(estimate: Estimate, *, true_hits: int, positives: int, true_p
     true_hits of `positives` labelled rows were found (sensitivity), true_passes of `negatives` were passed (specificity).
     Point: Rogan & Gladen 1978, clipped to [0, 1]. Interval: Lang & Reiczigel 2014, equations for unknown Se and Sp, with n
     taken as the effective n behind the estimate's own interval. Left as it was where Se + Sp - 1 <= 0.05: such a judge
-    says nothing, and no arithmetic mends that.
+    says nothing, and no arithmetic mends that. Left as it was, and said so in `method`, where the whole interval falls outside
+    [0, 1]: then the judge cannot err on these rows as it did on the labelled ones, and "0 %, surely" would be a lie.
 
     >>> e = corrected_rate(rate(30, 100), true_hits=90, positives=100, true_passes=90, negatives=100)
     >>> [round(x, 2) for x in e.corrected]
@@ -277,6 +278,10 @@ def corrected_rate(estimate: Estimate, *, true_hits: int, positives: int, true_p
         )
         / youden
     )
+    if centre + shift + spread <= 0 or centre + shift - spread >= 1:
+        return replace(
+            estimate, method=f"{estimate.method}; not corrected: the judge's measured error does not fit these rows"
+        )
     low, high = (min(1.0, max(0.0, centre + shift + sign * spread)) for sign in (-1, 1))
     point = min(1.0, max(0.0, point))
     return replace(estimate, corrected=(point, min(low, point), max(high, point)))

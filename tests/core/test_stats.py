@@ -105,7 +105,7 @@ def test_corrected_rate_covers_the_planted_truth(truth, n, se, sp, m):
         fixed = corrected_rate(
             seen, true_hits=int(rng.binomial(m, se)), positives=m, true_passes=int(rng.binomial(m, sp)), negatives=m
         )
-        covered += fixed.corrected[1] <= truth <= fixed.corrected[2]
+        covered += fixed.corrected is not None and fixed.corrected[1] <= truth <= fixed.corrected[2]
         raw += seen.low <= truth <= seen.high
     assert covered / 500 >= 0.93
     if truth < 0.1:
@@ -149,3 +149,12 @@ def test_paired_test_holds_its_level_under_clusters():
         a, b = (rng.random(120) < 0.5).astype(float), ((rng.random(120) + 0.15 * shift) < 0.5).astype(float)
         small += paired_difference(a, b, groups=[str(i // 8) for i in range(120)], rng=rng).p < 0.05
     assert small / 200 <= 0.10
+
+
+def test_a_judges_error_that_cannot_fit_gives_no_correction():
+    """A judge with 40 % false alarms cannot have said yes to 5 % of 200 rows: no corrected rate, and the method says why."""
+    error = {"true_hits": 90, "positives": 100, "true_passes": 60, "negatives": 100}
+    found = corrected_rate(rate(10, 200), **error)
+    assert found.corrected is None and "does not fit" in found.method
+    assert corrected_rate(rate(195, 200), **error).corrected is None
+    assert corrected_rate(rate(80, 200), **error).corrected is not None
