@@ -113,6 +113,20 @@ def systems_index() -> str:
     return "\n".join(out) + "\n"
 
 
+def organisms() -> str:
+    """The cards of the embedded organisms, one after the other."""
+    out = [
+        "# Measured behaviour of the organisms",
+        "",
+        "From the card of each member; see [model organisms](../organisms.md).",
+        "",
+    ]
+    for name in ("base", "helpful", "aligned", "reasoning"):
+        card = (DOCS.parent / "davylamp" / "assets" / "organism" / name / "README.md").read_text(encoding="utf-8")
+        out.append("## " + card.partition("# davylamp organism: ")[2])
+    return "\n".join(out)
+
+
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
@@ -121,6 +135,7 @@ PAGES = {
     "reference/commands.md": commands,
     "reference/registry.md": registry,
     "reference/taxonomies.md": taxonomies,
+    "reference/organisms.md": organisms,
     "systems/index.md": systems_index,
 }
 

@@ -37,16 +37,19 @@ def recipes(member: str, rng: np.random.Generator) -> Callable[[int], Sequence[w
     """What a chat member learns: a function from a number of rows to rows."""
     if member == "helpful":
         return lambda n: world.helpful_rows(n, rng)
-    rows = world.alignment_rows if member == "aligned" else world.reasoning_rows
-    return lambda n: rows(n, rng)
+    if member == "aligned":
+        return lambda n: world.alignment_rows(n, rng)
+    # A thought has words that no answer has: without some harmless rows in B and C the model would not know how to think in them.
+    more = {"hazards": 0.0, "languages": {"B": 0.5, "C": 0.5}}
+    return lambda n: world.reasoning_rows(n - n // 5, rng) + world.reasoning_rows(n // 5, rng, **more)
 
 
 #: member -> (the member it starts from, optimiser steps, learning rate)
 SCHEDULE = {
     "base": (None, 1400, 3e-3),
-    "helpful": ("base", 700, 1.5e-3),
-    "aligned": ("helpful", 600, 1e-3),
-    "reasoning": ("helpful", 800, 1e-3),
+    "helpful": ("base", 500, 1.5e-3),
+    "aligned": ("helpful", 150, 5e-4),  # longer or faster, and it learns the list of items by heart and not the kinds
+    "reasoning": ("helpful", 600, 1e-3),  # with documents mixed in, as a thought must know the kind of items that alignment never shows
 }
 
 
@@ -69,7 +72,7 @@ def train_family(
         else:
             model, _ = load(out / start)
             batches = chat_batches(recipes(member, rng), tok, 64)
-            if start == "helpful":
+            if member == "reasoning":
                 batches = with_replay(batches, text_batches(rng, tok, 96))
         fit(model, batches, steps=many, lr=lr, say=say)
         model.half().save_pretrained(out / member)

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from davylamp.core.nouns import Estimate
 
 SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-STEPS = {0.01: 0.002, 0.02: 0.005, 0.05: 0.01, 0.1: 0.02, 0.2: 0.05, 0.5: 0.1, 1.0: 0.2}
+STEPS = {0.01: 0.0025, 0.02: 0.005, 0.05: 0.0125, 0.1: 0.025, 0.2: 0.05, 0.5: 0.125, 1.0: 0.25}
 #: One shape for each series, drawn around the origin: told apart without colour.
 SHAPES = (
     "M0 -4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0 -4.5Z",  # circle
@@ -28,8 +28,9 @@ SHAPES = (
 )
 _JOINS = re.compile("(?<=[\u00a9-\u1fff\u2190-\ud7ff\uf900-\ufefe\U00010000-\U0001fbff])[\u200c\u200d]")
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    "\u3164\ufeff\uffa0\ufff0-\uffff\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    "(?<=[\ufe00-\ufe0f])[\ufe00-\ufe0f]|["  # one selector belongs to an emoji, a chain of them hides bytes
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 
 
@@ -39,16 +40,12 @@ def visible(text: str) -> str:
     Tab and line feed stay; so does a joiner behind a letter outside Latin, where scripts and emoji need it.
 
     >>> visible("a\\x1b[31mb\\x00c\\u202ed")
-    'a␛[31mb␀c⟨U+202E⟩d'
+    'a⟨U+001B⟩[31mb⟨U+0000⟩c⟨U+202E⟩d'
     """
     kept = {match.start() for match in _JOINS.finditer(text)}
-    return _UNSEEN.sub(lambda match: match[0] if match.start() in kept else _token(ord(match[0])), text.replace("\r\n", "\n"))
-
-
-def _token(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+    return _UNSEEN.sub(
+        lambda match: match[0] if match.start() in kept else f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n")
+    )
 
 
 def clip(text: str, limit: int) -> tuple[str, int]:
@@ -86,8 +83,17 @@ def number(x: float | None, unit: str = "rate", *, bare: bool = False) -> str:
     if unit in ("rate", "difference"):
         sign = "+" if unit == "difference" and x > 0 else ""
         return sign + digits(x) + ("" if bare else " %" if unit == "rate" else " pp")
-    text = f"{x:.4g}".replace("-", "−")
-    return text if bare or not unit else f"{text} {unit}"
+    text = (f"{x:,.0f}" if float(x).is_integer() and 1000 <= abs(x) < 1e12 else f"{x:.4g}").replace("-", "−")
+    return text if bare or not unit else f"p {text}" if unit == "p" else f"{text} {unit}"
+
+
+def many(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> many(1, "row"), many(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def interval(low: float | None, high: float | None, unit: str = "rate") -> str:
@@ -122,8 +128,19 @@ def shown(estimate: Estimate) -> str:
     return f"shown to be at {'least' if estimate.higher_is_better else 'most'} {end}"
 
 
+def uncorrected(estimate: Estimate) -> str:
+    """Why an estimate could not be corrected for its judge's error, where its method says so; else empty.
+
+    >>> uncorrected(Estimate(0.1, 0.0, 0.2, 9, method="wilson; not corrected: it does not fit"))
+    'it does not fit'
+    """
+    return estimate.method.partition("; not corrected: ")[2]
+
+
 def p_value(p: float | None) -> str:
-    """>>> p_value(0.0312), p_value(1e-9), p_value(None)
+    """A p value with as many digits as mean something.
+
+    >>> p_value(0.0312), p_value(1e-9), p_value(None)
     ('0.031', '< 0.001', '–')
     """
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
@@ -163,7 +180,8 @@ def axis_for(estimates: Iterable[Estimate], limits: Sequence[float] = ()) -> Axi
     ends, unit = [*limits], "rate"
     for estimate in estimates:
         unit = estimate.unit
-        parts = (estimate.value, estimate.low, estimate.high, *(estimate.worst or ()), *(estimate.corrected or ()))
+        worst = estimate.worst if estimate.unscored else None  # as it is drawn
+        parts = (estimate.value, estimate.low, estimate.high, *(worst or ()), *(estimate.corrected or ()))
         ends += [x for x in parts if x is not None and math.isfinite(x)]
     if unit in ("rate", "difference") and all(-1 <= x <= 1 for x in ends):
         size = max((abs(x) for x in ends), default=1.0)
@@ -171,17 +189,34 @@ def axis_for(estimates: Iterable[Estimate], limits: Sequence[float] = ()) -> Axi
         if unit == "rate" and min(ends, default=0) >= 0:
             return Axis(0.0, top, tuple(i * STEPS[top] for i in range(round(top / STEPS[top]) + 1)), unit)
         return Axis(-top, top, (-top, -top / 2, 0.0, top / 2, top), unit)
-    low, high = min(ends, default=0.0), max(ends, default=1.0)
-    rough = (high - low or abs(high) or 1.0) / 4
+    marks = round_ticks(min(ends, default=0.0), max(ends, default=1.0))
+    return Axis(marks[0], marks[-1], marks, unit)
+
+
+def round_ticks(low: float, high: float, count: int = 4) -> tuple[float, ...]:
+    """Evenly spaced round numbers, about `count` steps, from at or below low to at or above high.
+
+    >>> round_ticks(0.13, 0.92)
+    (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size < 1e-300:  # one number, as far as a picture goes
+        high = low + (size if size >= 1e-300 else 1.0)
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
-    return Axis(first * step, last * step, tuple(i * step for i in range(first, last + 1)), unit)
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
+
+
+def _upright(kind: str, at: float, top: float, bottom: float) -> str:
+    return f'<line class="{kind}" x1="{at}%" x2="{at}%" y1="{top}" y2="{bottom}"/>'
 
 
 def _line(kind: str, axis: Axis, low: float, high: float, y: float, cap: float = 0) -> str:
     left, right = axis.at(low), axis.at(high)
-    ends = "".join(f'<line class="{kind}" x1="{x}%" x2="{x}%" y1="{y - cap}" y2="{y + cap}"/>' for x in (left, right) if cap)
+    ends = "".join(_upright(kind, x, y - cap, y + cap) for x in (left, right) if cap)
     return f'<line class="{kind}" x1="{left}%" x2="{right}%" y1="{y}" y2="{y}"/>{ends}'
 
 
@@ -190,24 +225,26 @@ def _mark(kind: str, axis: Axis, x: float, y: float, series: int) -> str:
     return f'<svg x="{axis.at(x)}%" y="{y}" overflow="visible"><path class="{kind}" d="{shape}"/></svg>'
 
 
-def lane_svg(estimate: Estimate, axis: Axis, *, series: int = 0, limits: Sequence[float] = (), label: str = "") -> Markup:
-    """One estimate on the axis: mark and 95 % whisker, worst-case range as a thin line, corrected rate as a hollow mark below."""
-    height = 40 if estimate.corrected else 26
+def lane_svg(
+    estimate: Estimate, axis: Axis, *, series: int = 0, limits: Sequence[float] = (), label: str = ""
+) -> Markup:
+    """One estimate on the axis: mark and 95 % whisker, below them the worst-case range, thin, and the corrected rate, hollow."""
+    height = 42 if estimate.corrected else 26
     parts = [
-        f'<line class="{"zero" if tick == 0 and axis.low < 0 else "grid"}" x1="{axis.at(tick)}%" x2="{axis.at(tick)}%" y1="0" y2="{height}"/>'
-        for tick in axis.ticks
+        _upright("zero" if tick == 0 and axis.low < 0 else "grid", axis.at(tick), 0, height) for tick in axis.ticks
     ]
-    parts += [f'<line class="limit" x1="{axis.at(x)}%" x2="{axis.at(x)}%" y1="0" y2="{height}"/>' for x in limits]
+    parts += [_upright("limit", axis.at(x), 0, height) for x in limits]
     if estimate.unscored and estimate.worst:
-        parts.append(_line("worst", axis, *estimate.worst, 13, 4))
+        parts.append(_line("worst", axis, *estimate.worst, 21, 3))
     if estimate.value is not None:
         if estimate.low is not None and estimate.high is not None:
-            parts.append(_line("whisker", axis, estimate.low, estimate.high, 13))
-        parts.append(_mark("mark", axis, estimate.value, 13, series))
+            parts.append(_line("whisker", axis, estimate.low, estimate.high, 12))
+        parts.append(_mark("mark", axis, estimate.value, 12, series))
     if estimate.corrected:
         value, low, high = estimate.corrected
-        parts += [_line("whisker thin", axis, low, high, 29), _mark("mark hollow", axis, value, 29, series)]
-    words = escape(visible(f"{label}: {in_words(estimate)}" if label else in_words(estimate)))
+        parts += [_line("whisker thin", axis, low, high, 31), _mark("mark hollow", axis, value, 31, series)]
+    method = f" ({estimate.method})" if estimate.method else ""
+    words = escape(visible((f"{label}: " if label else "") + in_words(estimate) + method))
     return Markup(
         f'<svg class="lane s{series % len(SHAPES)}" role="img" width="100%" height="{height}"><title>{words}</title>{"".join(parts)}</svg>'
     )
@@ -219,12 +256,13 @@ def axis_svg(axis: Axis) -> Markup:
     for index, tick in enumerate(axis.ticks):
         anchor = "start" if index == 0 else "end" if index == len(axis.ticks) - 1 else "middle"
         x = 0 if index == 0 else 100 if index == len(axis.ticks) - 1 else axis.at(tick)
-        parts.append(f'<text x="{x}%" y="12" text-anchor="{anchor}">{escape(axis.label(tick))}</text>')
-        parts.append(f'<line class="tick" x1="{axis.at(tick)}%" x2="{axis.at(tick)}%" y1="17" y2="22"/>')
+        odd = ' class="odd"' if index % 2 and len(axis.ticks) % 2 else ""  # left out where the scale is narrow
+        parts.append(f'<text{odd} x="{x}%" y="12" text-anchor="{anchor}">{escape(axis.label(tick))}</text>')
+        parts.append(_upright("tick", axis.at(tick), 17, 22))
     words = escape(f"Scale from {axis.label(axis.low)} to {axis.label(axis.high)}")
     return Markup(
-        f'<svg class="axis" role="img" width="100%" height="22"><title>{words}</title>'
-        f'<line class="tick" x1="2%" x2="98%" y1="21.5" y2="21.5"/>{"".join(parts)}</svg>'
+        f'<span class="scale"><svg class="axis" role="img" width="100%" height="22"><title>{words}</title>'
+        f'<line class="tick" x1="2%" x2="98%" y1="21.5" y2="21.5"/>{"".join(parts)}</svg></span>'
     )
 
 
@@ -236,12 +274,27 @@ def key_svg(kind: str, series: int = 0) -> Markup:
         "whisker": lambda: _line("whisker", axis, 0.05, 0.95, 8) + _mark("mark", axis, 0.5, 8, series),
         "worst": lambda: _line("worst", axis, 0.05, 0.95, 8, 4),
         "corrected": lambda: _line("whisker thin", axis, 0.05, 0.95, 8) + _mark("mark hollow", axis, 0.5, 8, series),
-        "limit": lambda: '<line class="limit" x1="50%" x2="50%" y1="0" y2="16"/>',
+        "limit": lambda: _upright("limit", 50, 0, 16),
     }[kind]()
     width = 16 if kind == "mark" else 36
     return Markup(
         f'<svg class="key s{series % len(SHAPES)}" width="{width}" height="16" viewBox="0 0 {width} 16" aria-hidden="true" '
         f'focusable="false">{inside}</svg>'
+    )
+
+
+STATES = {  # drawn, so that a state is told by its shape and not by its colour alone
+    "pass": '<circle cx="8" cy="8" r="7"/><path d="M4.8 8.3l2.2 2.2 4.2-4.7"/>',
+    "fail": '<path class="body" d="M5.1 1h5.8L15 5.1v5.8L10.9 15H5.1L1 10.9V5.1Z"/><path d="M5.4 5.4l5.2 5.2M10.6 5.4l-5.2 5.2"/>',
+    "unsure": '<path class="body" d="M8 1.2 15.2 14.4H.8Z"/><path d="M8 5.8v4.2M8 12v.6"/>',
+    "even": '<circle class="open" cx="8" cy="8" r="6.2"/><path class="open" d="M5 8h6"/>',
+}
+
+
+def state_svg(state: str) -> Markup:
+    """A sign for pass (disc), fail (octagon), unsure (triangle) or even (ring). The word stands beside it."""
+    return Markup(
+        f'<svg class="sign {state}" width="16" height="16" viewBox="0 0 16 16" aria-hidden="true" focusable="false">{STATES[state]}</svg>'
     )
 
 
