@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,20 @@ def locate(spec: str) -> str:
     return path
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, which speak of shards where a command has its own words."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_pair(spec: str, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer). On a GPU if there is one; half precision is widened to float32 on a CPU, where it would crawl.
 
@@ -53,12 +68,10 @@ def load_pair(spec: str, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
     need("hf", spec)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
-    from transformers.utils import logging
 
     source = locate(spec)
     adapter = Path(source) / "adapter_config.json"
-    base, bars = source, logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    base = source
     try:
         if adapter.is_file():
             need("train", f"the adapter {spec}")
@@ -69,7 +82,8 @@ def load_pair(spec: str, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
         problems: list[str] = []
         for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
             try:
-                model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+                with quiet_transformers():
+                    model = kind.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
                 break
             except ValueError as problem:
                 if "Unrecognized configuration class" not in str(problem):
@@ -88,9 +102,6 @@ def load_pair(spec: str, *, dtype: str = "auto") -> tuple[PreTrainedModel, PreTr
         raise InputError(
             f"{spec} could not be loaded: {first}. Is the folder whole, the id right, the hub reachable?"
         ) from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
         model = model.float()
