@@ -264,13 +264,14 @@ def _leave_model(
     rows: int,
 ) -> tuple[Path, Record]:
     """Save the model (an edit has written it already), note the record in its lineage, and leave the record."""
-    from davylamp.models.loading import folder_hash
+    from davylamp.models.loading import folder_hash, quiet_transformers
 
     if model is not None:
         part = out.with_name(f".{out.name}.part")
         try:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+            with quiet_transformers():
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
             part.replace(out)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -47,12 +47,24 @@ class Plan:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
+def speaks_the_organisms_language(target: str) -> bool:
+    """Whether a target is an organism, or a folder of a model that was made from one (its tokenizer knows the world's words).
+
+    >>> speaks_the_organisms_language("organism/aligned"), speaks_the_organisms_language("openai/gpt")
+    (True, False)
+    """
+    if target.startswith("organism/"):
+        return True
+    file = Path(target.removeprefix("hf/")) / "tokenizer.json"
+    return target.startswith("hf/") and file.is_file() and '"gloamfire"' in file.read_text(encoding="utf-8")
+
+
 def plan(target: str, data: Path | None, limit: int | None) -> Plan:
     """The suites for one target: the organism's own for an organism, else safety + over-refusal + capability."""
     out = Plan()
     if data is not None and not data.is_dir():
         raise InputError(f"no folder {data}. --data takes a folder with public benchmark rows")
-    for name in ORGANISM if target.startswith("organism/") else CHAT:
+    for name in ORGANISM if speaks_the_organisms_language(target) else CHAT:
         options: dict[str, Any] = {}
         found = [data / path for path in ROWS.get(name, ()) if (data / path).is_file()] if data else []
         if found:
@@ -209,37 +221,3 @@ def _comparisons(done: Sequence[tuple[str, Path, Record]]) -> list[dict[str, Any
             except DavylampError:  # different options of one suite: shown side by side, not tested
                 continue
     return out
-
-
-def run_tour(runs: Path, *, quiet: bool = False) -> Path:
-    """The chain on the embedded models, told step by step on stderr. Returns the report's path."""
-
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
-    say(
-        "davylamp tour\n\nFour language models of about a million parameters are built in. They live in a small made-up world whose hazards"
-    )
-    say("are fictional and exactly decidable, so that every number here has a known truth.\n")
-    say("1. Check three of them: `helpful` answers everything, `aligned` refuses hazards, `reasoning` thinks first.")
-    folder, record, _ = run_check(
-        ("organism/helpful", "organism/aligned", "organism/reasoning"),
-        runs=runs,
-        quiet=quiet,
-        title="Tour: three models, one lamp",
-    )
-    shown = {(estimate.arm, estimate.name): estimate for estimate in record.estimates}
-    for target in ("organism/helpful", "organism/aligned", "organism/reasoning"):
-        parts = [
-            f"{name.replace('_', ' ')} {100 * (e.value or 0):.0f} % [{100 * (e.low or 0):.0f}, {100 * (e.high or 0):.0f}]"
-            for (arm, name), e in shown.items()
-            if arm == target
-        ]
-        say(f"   {target:20} {', '.join(parts)}")
-    say(
-        "\n2. Read the report: intervals, worst rows (blurred until opened), comparisons, and how to run each part again."
-    )
-    say(
-        "3. Try it on a model of yours: davylamp check openai/MODEL@http://HOST:PORT/v1   or   davylamp check hf/PATH\n"
-    )
-    return folder / "report.html"

@@ -517,7 +517,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def tour(runs: Path, quiet: bool) -> None:
     """Walk through the product on the embedded models: about two minutes, ends with one HTML report."""
-    from davylamp.check import run_tour
+    from davylamp.tour import run_tour
 
     click.echo(str(run_tour(runs, quiet=quiet)))
 
