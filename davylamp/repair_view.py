@@ -50,7 +50,13 @@ def claims(
                 "control": claim.control,
                 "method": estimate.method,
             }
-            row |= {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+            row |= {
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "n": estimate.n,
+                "unit": estimate.unit,
+            }
             out.append({**row, "edit": arm, "chosen": arm == best[0]})
     return out
 

@@ -15,7 +15,7 @@ from davylamp.core.errors import DavylampError, InputError, UnknownNameError
 from davylamp.core.needs import EXTRAS, missing
 from davylamp.core.nouns import Estimate, Record
 from davylamp.core.record import write_atomic
-from davylamp.core.registry import FOLDERS, Entry, entries
+from davylamp.core.registry import FOLDERS, Entry, entries, read
 
 ASSETS = Path(__file__).parent / "assets"
 PLURALS = {
@@ -84,6 +84,11 @@ def show_name(name: str, as_json: bool, runs: Path) -> None:
         return
     known = systems()
     found = [entry for entry in entries() if entry.name == name]
+    path, _, inner = name.partition(".py:") if ".py:" in name else (name.removesuffix(".py"), "", "")
+    if name.endswith(".py") or inner:
+        if not Path(path + ".py").is_file():
+            raise InputError(f"no file {path}.py")
+        found = [entry for entry in read(Path(path + ".py")) if inner in ("", entry.name)]
     system = next(
         (slug for slug, row in known.items() if name in (row["number"], row["number"].lstrip("0"), slug)), None
     )

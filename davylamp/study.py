@@ -50,6 +50,8 @@ def run_study(
             "low": estimate.low,
             "high": estimate.high,
             "n": estimate.n,
+            "unscored": estimate.unscored,
+            "unit": estimate.unit,
             "method": estimate.method,
         }
         for claim, estimate in observed

@@ -20,13 +20,18 @@ from tests.server import say
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HAND = [page for page in PAGES if "reference" not in page.parts]
-SLOW = ("organism/", "tour")
+SLOW = ("organism", "tour", "study", "repair", "train", "edit", "interp")
+NOT_HERE = ("hf/path", "davylamp serve", "--upstream")  # a model that nobody has here; a server that would not end
+
+
+def blocks(page):
+    """The `$ …` lines of each console block of a page."""
+    for block in re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        yield [line[2:] for line in block.splitlines() if line.startswith("$ ")]
 
 
 def console(page):
-    """The `$ …` lines of the console blocks of a page."""
-    for block in re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        yield from (line[2:] for line in block.splitlines() if line.startswith("$ "))
+    return [line for block in blocks(page) for line in block]
 
 
 @pytest.fixture
@@ -93,25 +98,30 @@ def run(words, monkeypatch, codes=(0,)):
     assert result.exit_code in codes, (words, result.exit_code, result.output[-2000:])
 
 
-def commands(slow):
-    return [
-        pytest.param(line, id=f"{page.stem}: {line}"[:100], marks=[pytest.mark.slow] * slow)
-        for page in HAND
-        for line in console(page)
-        if any(word in line for word in SLOW) == slow and line.startswith("davylamp") and "hf/path" not in line
-    ]
+def stories(slow):
+    """The console blocks of the pages: each is walked from top to bottom in one folder."""
+    out = []
+    for page in HAND:
+        for number, block in enumerate(blocks(page)):
+            lines = [
+                line for line in block if line.startswith("davylamp") and not any(word in line for word in NOT_HERE)
+            ]
+            if lines and any(word in line for line in lines for word in SLOW) == slow:
+                mark = [pytest.mark.slow] * slow
+                out.append(pytest.param(lines, id=f"{page.stem}-{number}: {lines[0]}"[:80], marks=mark))
+    return out
 
 
-@pytest.mark.parametrize("line", commands(slow=False) + commands(slow=True))
-def test_commands_of_the_docs_run(line, desk, monkeypatch):
+@pytest.mark.parametrize("lines", stories(slow=False) + stories(slow=True))
+def test_commands_of_the_docs_run(lines, desk, monkeypatch):
     _, server = desk
-    line = line.replace("http://127.0.0.1:8000/v1", server.url)
-    words = shlex.split(line, comments=True)[1:]
-    if "my_suite" in line or "my_guard" in line:
-        return  # test_contributing_as_written walks these in order
-    if "RUN" in words:
-        words[words.index("RUN")], words[words.index("OUT")] = "A", "out"
-    run(words, monkeypatch)
+    for line in lines:
+        words = shlex.split(line.replace("http://127.0.0.1:8000/v1", server.url), comments=True)[1:]
+        if "my_suite" in line or "my_guard" in line:
+            continue  # test_contributing_as_written walks these
+        if "RUN" in words:
+            words[words.index("RUN")], words[words.index("OUT")] = "A", "out"
+        run(words, monkeypatch, codes=(0, 1) if "--fail-if" in words else (0,))
 
 
 def test_contributing_as_written(desk, monkeypatch):

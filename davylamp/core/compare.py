@@ -28,7 +28,13 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
     metrics = {row["name"]: metric_from(row) for row in a.inputs["suite"]["metrics"]}
     ours, theirs = (_scores(folder, metrics) for folder in (left, right))
     rows: list[dict[str, Any]] = []
+    arms = {(name, arm) for name, _, arm in ours if arm is not None}
+    lone = {
+        name for name, _ in arms if sum(other == name for other, _ in arms) == 1
+    }  # its slices say what those of all rows say
     for part in sorted(ours.keys() & theirs.keys(), key=lambda part: (part[0], part[1] or "", part[2] or "")):
+        if part[2] is not None and part[0] in lone:
+            continue
         pairs = [
             (x, y, group)
             for key, (x, group) in sorted(ours[part].items())

@@ -329,3 +329,17 @@ def test_rejudging_with_a_judge_of_something_else_is_refused(tmp_path, server):
     folder, _ = run(tmp_path, suite, server, judge=str(one))
     with pytest.raises(InputError, match="other measures refused"):
         asyncio.run(rejudge(folder, load_judge(str(other)), runs=tmp_path / "runs", quiet=True))
+
+
+def test_a_lone_arm_is_compared_once(tmp_path, server):
+    """Its slices are those of all rows: counting them twice would double what Holm corrects for."""
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"id": str(i), "messages": [{"role": "user", "content": f"q{i}"}], "category": "a", "meta": {"arm": "none"}}
+        for i in range(20)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.answer = lambda body, number: say("Sure." if body["model"] == "a" or number % 3 else "I can't.")
+    folders = [run(tmp_path, file, server, judge="refusal", model=name)[0] for name in "ab"]
+    found = compare(*folders)
+    assert [(row["category"], row["arm"]) for row in found["rows"]] == [(None, None), ("a", None)]
