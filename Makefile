@@ -36,7 +36,7 @@ docs: $(VENV)/dev.done  ## the documentation site, in site/
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
 
-organisms: $(VENV)/hf.done ## train the built-in models again from scratch (three seeds, under an hour)
+organisms: $(VENV)/hf.done ## train the built-in models again from scratch (three seeds, about 75 minutes)
 	$(BIN)/python -m davylamp.models.organism_make all
 
 bench: $(VENV)/dev.done ## the speed table of docs/performance.md

@@ -399,6 +399,7 @@ def again(run: str, target: str | None, runs: Path) -> None:
             raise InputError(f"--target fits eval runs, and {run} is a {command[0]} run")
         command[names[0] + 1] = target
     click.echo("davylamp " + " ".join(command), err=True)
+    sys.argv[1:] = command  # the record shall hold the command that it is a record of
     main(args=command, standalone_mode=False)
 
 

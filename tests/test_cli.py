@@ -181,7 +181,7 @@ def test_list_and_show(cli):
         assert cli("show", name).stdout
 
 
-def test_new_suite_and_guard_work_as_written(cli, tmp_path, server):
+def test_new_suite_and_guard_work_as_written(cli, rows, tmp_path, server):
     import subprocess
     import sys
 
@@ -195,10 +195,12 @@ def test_new_suite_and_guard_work_as_written(cli, tmp_path, server):
     server.answer = lambda body, number: say("Paris, 8, forbidden")
     record = json.loads(cli("eval", "my_suite.py", "--target", server.target, "--quiet", "--json").stdout)
     assert record["estimates"][0]["value"] == 1.0
+    refused = cli("eval", "my_suite.py", "--target", server.target, "--judge", "my_guard.py", "--quiet", code=2)
+    assert "my_guard measures unsafe" in refused.stderr, "an accuracy is no rate of unsafe replies"
     record = json.loads(
-        cli("eval", "my_suite.py", "--target", server.target, "--judge", "my_guard.py", "--quiet", "--json").stdout
+        cli("eval", rows, "--target", server.target, "--judge", "my_guard.py", "--quiet", "--json").stdout
     )
-    assert record["inputs"]["judge"]["name"] == "my_guard"
+    assert record["inputs"]["judge"]["name"] == "my_guard" and record["estimates"][0]["value"] == 1.0
 
 
 def test_doctor(cli):

@@ -111,10 +111,10 @@ async def collect(
     asker = _Asker(target, limits, progress, random.Random(seed))
     key_of = row_keys(target, settings)
     work = _work(cases, key_of, log, seed, epochs, progress)
-    failures = 0
+    failures, last = 0, ""
 
     async def one(case: Case, case_json: str, key: str, row_seed: int) -> None:
-        nonlocal failures
+        nonlocal failures, last
         started = time.perf_counter()
         reply = log.reply(key)
         error = ""
@@ -123,6 +123,7 @@ async def collect(
                 reply = await play(asker, case, seed=row_seed, **settings)
             except TargetError as problem:
                 error, failures = str(problem), failures + 1
+                last = error
         verdict = None
         if reply is not None:
             failures = 0
@@ -171,6 +172,10 @@ async def collect(
             raise
     if stop:
         raise stop[0]
+    if progress.done and failures == progress.done:
+        raise RunError(
+            f"the target failed every row ({failures}). Last: {last}. Is it up, and is its name right? Run the same command again to go on"
+        )
     return progress
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -134,9 +135,9 @@ def test_a_slow_target_times_out(tmp_path, server):
         return say("late")
 
     server.answer = lambda body, number: slow()
-    progress = run(tmp_path / "r", server, cases(1), limits=Limits(tries=2, timeout=0.1, pause=0.01))
-    row = next(read_run(tmp_path / "r"))
-    assert progress.retries == 1 and "did not answer within 0.1 s" in row["error"]
+    with pytest.raises(RunError, match="failed every row"):
+        run(tmp_path / "r", server, cases(1), limits=Limits(tries=2, timeout=0.1, pause=0.01))
+    assert len(server.asked) == 2 and "did not answer within 0.1 s" in next(read_run(tmp_path / "r"))["error"]
 
 
 def test_a_target_that_is_down_stops_the_run_early(tmp_path):
@@ -322,8 +323,11 @@ def test_killed_and_started_again_ends_the_same(tmp_path, server, number):
 
 
 def test_two_runs_into_the_same_folder(tmp_path, server):
+    released = threading.Event()
+
     async def slow():
-        await asyncio.sleep(0.5)
+        while not released.is_set():
+            await asyncio.sleep(0.01)
         return say("yes")
 
     server.answer = lambda body, number: slow()
@@ -334,6 +338,7 @@ def test_two_runs_into_the_same_folder(tmp_path, server):
         time.sleep(0.01)
     two = start(tmp_path, server, rows)
     _, said = two.communicate(timeout=30)
+    released.set()
     assert two.returncode == 3 and "another run is writing" in said
     assert one.wait(30) == 0
     one.stdout.close(), one.stderr.close()
