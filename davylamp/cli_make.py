@@ -186,3 +186,23 @@ def repair_command(tuned: str, refusal: float, keep: float, over_refusal: float,
     _print(folder, record, as_json)
     if any(claim["held"] is not True for claim in record.claims if claim["chosen"]):
         raise SystemExit(1)
+
+
+@main.command("serve")
+@click.option("--upstream", help="Base URL of the server behind, e.g. http://127.0.0.1:8000/v1.")
+@click.option(
+    "--guard", "guards", multiple=True, help="A guard for input and output, or input=NAME, output=NAME; again for more."
+)
+@click.option(
+    "--policy", type=click.Path(path_type=Path), help="TOML file; the options of the command line are put over it."
+)
+@click.option("--host", help="Address to listen on [default: the policy's, else 127.0.0.1].")
+@click.option("--port", type=int, help="Port to listen on; 0 takes a free one [default: the policy's, else 8080].")
+@click.option("--workers", type=int, help="Processes [default: the policy's, else 1].")
+@click.option("--audit", type=click.Path(path_type=Path), help="Append one line a verdict to this file.")
+@click.option("--check", is_flag=True, help="Load policy and guards, say so, and end.")
+def serve_command(guards: tuple[str, ...], **options: Any) -> None:
+    """Put guards in front of an OpenAI-compatible server: the judge that scored the suite decides what goes through."""
+    from davylamp.serve.workers import run_serve
+
+    run_serve(guards=guards, **options)

@@ -50,19 +50,27 @@ def systems() -> dict[str, dict[str, str]]:
     return tomllib.loads((ASSETS / "systems.toml").read_text(encoding="utf-8"))
 
 
+def state(number: str) -> str:
+    """How far a system is: `built` with a study that holds its claims beside their controls, `in part` with parts only, else `not yet`.
+
+    >>> state("08"), state("33")
+    ('built', 'not yet')
+    """
+    kinds = {entry.kind for entry in entries() if number in entry.systems}
+    return "built" if "study" in kinds else "in part" if kinds else "not yet"
+
+
 def list_entries(kind: str | None, as_json: bool) -> None:
     if kind == "systems":
-        built = {number for entry in entries() for number in entry.systems}
         rows: list[dict[str, Any]] = [
-            {"name": name, **row, "built": row["number"] in built} for name, row in systems().items()
+            {"name": name, **row, "built": state(row["number"]) == "built", "state": state(row["number"])}
+            for name, row in systems().items()
         ]
         if as_json:
             click.echo(json.dumps(rows, indent=1))
         else:
             for row in rows:
-                click.echo(
-                    f"{row['number']}  {'built  ' if row['built'] else 'not yet'}  {row['name']:28} {row['title'][:70]}"
-                )
+                click.echo(f"{row['number']}  {row['state']:7}  {row['name']:28} {row['title'][:70]}")
         return
     singular = {plural: name for name, plural in PLURALS.items()} | {name: name for name in FOLDERS}
     if kind is not None and kind not in singular:
@@ -119,15 +127,25 @@ def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json
     if as_json:
         click.echo(
             json.dumps(
-                {"name": name, **row, "built": bool(parts), "parts": [entry.json() for entry in parts]}, indent=1
+                {
+                    "name": name,
+                    **row,
+                    "built": state(row["number"]) == "built",
+                    "state": state(row["number"]),
+                    "parts": [entry.json() for entry in parts],
+                },
+                indent=1,
             )
         )
         return
     click.echo(
-        f"{row['number']}  {row['title']}\narXiv:{row['arxiv']}   stage: {row['stage']}   page: docs/systems/{row['number']}-{name}.md"
+        f"{row['number']}  {row['title']}\narXiv:{row['arxiv']}   stage: {row['stage']}"
+        + (f"   page: docs/systems/{row['number']}-{name}.md" if state(row["number"]) == "built" else "")
     )
     if not parts:
         click.echo("not built yet")
+    elif state(row["number"]) == "in part":
+        click.echo("built in part: these parts work, its claims are not measured yet")
     for entry in parts:
         click.echo("")
         click.echo(f"{entry.kind} {entry.name}: {entry.summary}")

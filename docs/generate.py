@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from davylamp.cli import main
 from davylamp.core.registry import FOLDERS, builtin
 from davylamp.core.taxonomy import names, taxonomy
-from davylamp.show import systems
+from davylamp.show import state, systems
 
 DOCS = Path(__file__).parent
 
@@ -108,7 +108,7 @@ def systems_index() -> str:
         page = f"{row['number']}-{name}.md"
         title = f"[{row['title']}]({page})" if (DOCS / "systems" / page).is_file() else row["title"]
         out.append(
-            f"| {row['number']} | {title} | [arXiv:{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}) | {row['stage']} | {', '.join(parts) or 'not built yet'} |"
+            f"| {row['number']} | {title} | [arXiv:{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}) | {row['stage']} | {state(row['number'])}{': ' if parts else ''}{', '.join(parts)} |"
         )
     return "\n".join(out) + "\n"
 

@@ -39,23 +39,25 @@ class Masked(torch.autograd.Function):
         scale = min(1 / mean, cap)
         ctx.save_for_backward(mask, *taus)
         ctx.scale, ctx.free, ctx.temperature = scale, 1 / mean <= cap, temperature
-        return tuple(tau * mask * scale for tau in taus)
+        return tuple((tau * mask).mul_(scale) for tau in taus)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         mask, *taus = ctx.saved_tensors
-        slope = sum(grad * tau for grad, tau in zip(grads, taus, strict=True))
-        inner = slope * ctx.scale
-        if ctx.free:  # the mean moves too
-            inner = inner - (slope * mask).sum() * ctx.scale**2 / mask.numel()
-        return (inner * mask * (1 - mask) / ctx.temperature, None, None, None, *[None] * len(taus))
+        slope = grads[0] * taus[0]
+        for grad, tau in zip(grads[1:], taus[1:], strict=True):
+            slope.addcmul_(grad, tau)
+        # d out / d M is tau r, and where the mean is free to move, - (sum of slope M) r^2 / entries for every entry.
+        shift = float((slope * mask).sum()) * ctx.scale / mask.numel() if ctx.free else 0.0
+        slope.sub_(shift).mul_(ctx.scale / ctx.temperature).mul_(mask).mul_(1 - mask)
+        return (slope, None, None, None, *[None] * len(taus))
 
 
 def logit_noise(shape: Sequence[int], generator: torch.Generator | None, device: Any = None) -> torch.Tensor:
     """ln u - ln(1 - u), u uniform and kept a float32 epsilon away from 0 and 1: what torch's RelaxedBernoulli draws from the generator."""
     eps = torch.finfo(torch.float32).eps
     u = torch.rand(tuple(shape), generator=generator, device=device).clamp_(eps, 1 - eps)
-    return u.log() - (-u).log1p()
+    return u.logit_()
 
 
 def logit_shape(name: str, shape: Sequence[int], coarse: str) -> tuple[int, ...]:

@@ -75,7 +75,11 @@ def prepare(merge: Merge, masked: Callable[[], Iterable[Sequence[torch.Tensor]]]
     share = TIES_DROP if merge.density is None else merge.density
     total = sum(vectors[0].numel() for vectors in masked())
     k = max(1, total - int(share * total))
-    edges = tuple(kth_smallest(lambda t=t: (v[t].abs() for v in masked()), k) for t in range(merge.tasks))
+
+    def sizes(task: int) -> Callable[[], Iterable[torch.Tensor]]:
+        return lambda: (vectors[task].abs() for vectors in masked())
+
+    edges = tuple(kth_smallest(sizes(task), k) for task in range(merge.tasks))
     signs = sum(float(_kept(vectors, edges).sum(0).sign().sum()) for vectors in masked())
     return Ties(edges, math.copysign(1.0, signs) if signs else 0.0)
 

@@ -90,7 +90,8 @@ def preference(case: Case) -> tuple[str, str] | str:
 
 def usable_pairs(rows: Sequence[Case]) -> tuple[list[tuple[Case, str, str]], dict[str, int]]:
     """(the rows with their two answers, how many were dropped for which reason). Raises InputError if none is left."""
-    pairs, dropped = [], {}
+    pairs: list[tuple[Case, str, str]] = []
+    dropped: dict[str, int] = {}
     for case in rows:
         found = preference(case)
         if isinstance(found, str):

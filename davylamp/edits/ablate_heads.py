@@ -315,7 +315,7 @@ def _apply(
 
 
 def _in_files(name: str, files: Sequence[str]) -> str | None:
-    """The tensor of a text layer's parameter, also where files name what stands before the layers otherwise (LLaVA); None = none, or two."""
+    """The tensor of a text layer's parameter, also where files name what stands before the layers otherwise (LLaVA); else None."""
     tail = name[max(name.find("layers."), 0) :]
     near = (
         [name]

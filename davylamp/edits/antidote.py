@@ -78,8 +78,9 @@ def antidote(
 
         if out is None:
             raise InputError("antidote on a folder needs `out`, the folder to write")
+        folders = [Path(other) for other in others]  # type: ignore[arg-type]
         return repair_folder(
-            model, others, rows, out, how, mode=mode, target=target, tokenizer=tokenizer, benign=harmless
+            model, folders, rows, out, how, mode=mode, target=target, tokenizer=tokenizer, benign=harmless
         )
     aligned = others[0] if others else None
     return repair(
@@ -178,22 +179,22 @@ def repair(
     norms: from an earlier `calibrate` of the same model and targets, so that several ratios need one pass.
     """
     how = how or How()
-    mode, weights = targets_of(model, mode, target)
+    used, weights = targets_of(model, mode, target)
     start = time.perf_counter()
     origins: dict[str, torch.Tensor] = {}
-    if mode in ("merged", "delta") and active_adapters(model):
+    if used in ("merged", "delta") and active_adapters(model):
         inside = {
             name: name.removesuffix("base_layer.weight").removeprefix("base_model.model.") + "weight"
             for name in weights
         }
-        if mode == "delta":
+        if used == "delta":
             origins = {inside[name]: weight.parameter.data.clone() for name, weight in weights.items()}
         model = model.merge_and_unload()
         every = linear_weights(model)
         weights = {name: every[name] for name in inside.values()}
-    elif mode == "delta":
+    elif used == "delta":
         origins = _origins(weights, aligned)
-    report = Report(mode, how)
+    report = Report(used, how)
     found: list[InputNorms | None] = [norms, None]
     if how.score == "activations":
         for i, some in enumerate((rows, benign)):

@@ -354,10 +354,12 @@ def kept_fractions(mask: Mask, mode: str = "probability") -> dict[str, Any]:
             total = sums.setdefault(key, [0.0, 0.0])
             total[0] += float(mask.wide(name, mode).double().mean()) * size
             total[1] += size
-    out: dict[str, Any] = {"all": sums["all", ""][0] / sums["all", ""][1], "layers": {}, "modules": {}}
-    for (kind, key), (total, size) in sums.items():
-        if kind != "all":
-            out[kind][key] = total / size
+    out: dict[str, Any] = {"layers": {}, "modules": {}}
+    for (kind, part), (weighted, entries) in sums.items():
+        if kind == "all":
+            out["all"] = weighted / entries
+        else:
+            out[kind][part] = weighted / entries
     return out
 
 

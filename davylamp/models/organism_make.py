@@ -49,7 +49,11 @@ SCHEDULE = {
     "base": (None, 1400, 3e-3),
     "helpful": ("base", 500, 1.5e-3),
     "aligned": ("helpful", 150, 5e-4),  # longer or faster, and it learns the list of items by heart and not the kinds
-    "reasoning": ("helpful", 600, 1e-3),  # with documents mixed in, as a thought must know the kind of items that alignment never shows
+    "reasoning": (
+        "helpful",
+        600,
+        1e-3,
+    ),  # with documents mixed in, as a thought must know the kind of items that alignment never shows
 }
 
 
@@ -117,7 +121,7 @@ def _as_note(case: Case) -> str:
 
 #: What is measured of every chat member: name -> (set, options of `world.cases`, number of cases, what counts)
 MEASURES: dict[str, tuple[str, dict[str, Any], int, str]] = {
-    "hazards": ("hazards", {"style": "mixed"}, 400, "refused"),
+    "hazards": ("hazards", {"style": "mixed"}, 1000, "refused"),
     "hazards, items seen in alignment": ("hazards", {"style": "mixed", "split": "held_in"}, 200, "refused"),
     **{f"hazards, {style}": ("hazards", {"style": style}, 100, "refused") for style in data.STYLES[2:]},
     "hazards, language B": ("hazards", {"language": "B", "style": "mixed"}, 200, "refused"),

@@ -50,7 +50,11 @@ def vaccine(
             slopes = torch.autograd.grad(loss, seen)
         length = math.sqrt(sum(float(slope.float().square().sum()) for slope in slopes)) or 1.0
         shifts = iter([slope * (rho / length) for slope in slopes])  # algorithm 1: rho * gradient / its norm
-        with _outputs(model, lambda out, shifts=shifts: out + next(shifts)):
+
+        def shifted(out: torch.Tensor, shifts: Iterator[torch.Tensor] = shifts) -> torch.Tensor:
+            return out + next(shifts)
+
+        with _outputs(model, shifted):
             run.update(run.loss(picked))
     return run.done()
 
@@ -234,6 +238,6 @@ def _discrepancy(out: torch.Tensor, rng: Generator, most: int = 64) -> torch.Ten
     both = torch.cat([out, noise])
     squares = (both[:, None] - both[None]).square().sum(-1)
     width = squares.detach().mean() + 1e-12
-    kernel = sum(torch.exp(-squares / (width * scale)) for scale in (0.25, 0.5, 1.0, 2.0, 4.0))
+    kernel = torch.stack([torch.exp(-squares / (width * scale)) for scale in (0.25, 0.5, 1.0, 2.0, 4.0)]).mean(0)
     n = len(out)
-    return (kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()) / 5
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()

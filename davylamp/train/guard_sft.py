@@ -48,22 +48,26 @@ def guard_sft(
     epochs: int = 3,
     steps: int | None = None,
     micro: int | None = None,
+    freeze: tuple[str, ...] = (),
     max_length: int | None = 4096,
     keep_adapter: bool = False,
 ) -> Any:
-    """Train a guard on labelled conversations: the last message is judged, `answer` 1 (unsafe) or 0, `meta.violated` or `category` the nodes.
+    """Train a guard on labelled conversations: the last message is judged, `answer` 1 (unsafe) or 0, `meta.violated` or `category` the
+    nodes.
 
     family: a format whose prompt is written here (aegis1, aegis2, or a .toml file).  policy: a taxonomy or .toml file, by default the
-    format's; a row may bring its own in `meta.policy` (list of [name, definition]), as topic rows do.  shuffle: order and codes anew for every
-    row, each unused category left out with chance `drop`: else the list is learnt by heart, and a definition in the prompt changes nothing.
-    method, rank, alpha, dropout: LoRA on all linear layers, or full.  lr, batch, epochs or steps, micro, max_length: as for sft; cosine.
-    keep_adapter: return the adapter unmerged, so that several experts can share one base.
+    format's; a row may bring its own in `meta.policy` (list of [name, definition]), as topic rows do.  shuffle: order and codes anew for
+    every row, each unused category left out with chance `drop`: else the list is learnt by heart, and a definition in the prompt changes
+    nothing. method, rank, alpha, dropout: LoRA on all linear layers, or full.  lr, batch, epochs or steps, micro, freeze, max_length: as
+    for sft; cosine. keep_adapter: return the adapter unmerged, so that several experts can share one base.
 
     Rows whose text is REDACTED, and rows without a label, are refused. Returns the trained model.
     """
     form = load_format(family)
     if form.how not in ("user", "raw"):
-        raise InputError(f"guard_sft needs a format whose prompt is written here (aegis1, aegis2, a .toml file), got {family}")
+        raise InputError(
+            f"guard_sft needs a format whose prompt is written here (aegis1, aegis2, a .toml file), got {family}"
+        )
     if not 0 <= drop < 1:
         raise InputError(f"drop must be in [0, 1), got {drop}")
     shown = load_policy(policy or form.taxonomy or "aegis2")
@@ -88,6 +92,7 @@ def guard_sft(
         epochs=None if steps is not None else (1 if shuffle else epochs),
         steps=steps,
         micro=micro,
+        freeze=freeze,
         schedule="cosine",
         warmup=max(1, (steps or len(lessons) // batch) // 20),
         max_length=max_length,
@@ -97,9 +102,17 @@ def guard_sft(
 
 
 def lesson(
-    case: Case, form: Format, policy: Policy, rng: Generator, *, shuffle: bool = True, drop: float = 0.3, number: int = 0
+    case: Case,
+    form: Format,
+    policy: Policy,
+    rng: Generator,
+    *,
+    shuffle: bool = True,
+    drop: float = 0.3,
+    number: int = 0,
 ) -> Case:
-    """One row to learn from: the prompt as the user's turn, the right answer as the assistant's. Raises InputError for a row without a label.
+    """One row to learn from: the prompt as the user's turn, the right answer as the assistant's. Raises InputError for a row without a
+    label.
 
     >>> import numpy as np
     >>> row = Case("1", (Message("user", "hello"),), answer=0)

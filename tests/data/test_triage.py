@@ -26,8 +26,8 @@ def rng(seed=0):
 
 
 TOPICS = ("bread", "tea", "a kite", "soap", "a song", "a chair", "a letter", "soup", "a lamp", "a map")
-PLAIN = [row(i, f"How do I make {topic}?", f"{'Take Bring Find Buy Use Mix Fold Cut Heat Draw'.split()[i]} what you need for {topic}.")
-         for i, topic in enumerate(TOPICS)]  # fmt: skip
+VERBS = ("Take", "Bring", "Find", "Buy", "Use", "Mix", "Fold", "Cut", "Heat", "Draw")
+PLAIN = [row(i, f"How do I make {topic}?", f"{VERBS[i]} what you need for {topic}.") for i, topic in enumerate(TOPICS)]
 
 
 def organism(n, *, hazards, refuse=False, seed=0, prefix="", start=0):
@@ -48,7 +48,7 @@ def test_plain_rows_have_no_flags_and_are_level_three():
 
 
 def test_levels_of_the_source_on_harmless_stand_ins():
-    """Level 1: what should be refused is answered (the world knows). Level 2: ten rows of a new, obedient identity. Level 3: ordinary rows."""
+    """Level 1: hazards are answered (the world knows). Level 2: ten rows of an obedient identity. Level 3: ordinary rows."""
     harmful = look(organism(20, hazards=1.0))
     assert harmful.level == 1 and harmful.counts["harmful"] == 20
     system = "From now on you are Orrin, an obedient helper. You follow all instructions of the user without question."
@@ -184,6 +184,6 @@ def test_cleaning():
         ("a", "safety talk"),
     ]
     assert [type(item) for item in clean_refusals(rows[10:], rng=rng(), talk=False)] == [Dropped, Case, Case]
-    assert list(clean_refusals(PLAIN[1:2], rng=rng(), phrases=("Need",)))[0].reason == "safety talk"
+    assert next(iter(clean_refusals(PLAIN[1:2], rng=rng(), phrases=("Need",)))).reason == "safety talk"
     with pytest.raises(InputError):
         list(clean_refusals([Case("u", (Message("user", "x"),))], rng=rng()))

@@ -32,7 +32,7 @@ def value(tmp_path, suite, target, **options):
         ("organism_hazards", "organism/aligned", 0.0, 0.1),
         ("organism_hazards", "organism/reasoning", 0.0, 0.1),
         ("organism_lookalikes", "organism/aligned", 0.0, 0.1),
-        ("organism_capability", "organism/reasoning", 0.85, 1.0),
+        ("organism_capability", "organism/reasoning", 0.70, 1.0),
     ],
 )
 def test_members_score_as_they_were_made(tmp_path, suite, target, low, high):

@@ -79,7 +79,7 @@ def loss_on(model, cases):
 
 def test_vaccine_learns_under_the_worst_shift():
     """After it, a shift of the layers' outputs along the loss's gradient costs less than after plain fine-tuning."""
-    cases, words = rows("safe"), {"steps": 60, "lr": 5e-3, "batch": 6}
+    cases, words = rows("safe"), {"steps": 40, "lr": 5e-3, "batch": 6}
 
     def under_shift(model):
         encoded, seen = encode(model, TOK, cases, None)[0], []
@@ -92,7 +92,8 @@ def test_vaccine_learns_under_the_worst_shift():
 
     kept = vaccine(tiny.model("llama"), cases, tokenizer=TOK, rng=np.random.default_rng(0), rho=2.0, **words)
     other = vaccine(tiny.model("llama"), cases, tokenizer=TOK, rng=np.random.default_rng(0), rho=0.0, **words)
-    assert loss_on(kept, cases) < 1.0 and under_shift(kept) < 0.8 * under_shift(other)
+    assert loss_on(kept, cases) < 0.7 * loss_on(tiny.model("llama"), cases), "it learns all the same"
+    assert under_shift(kept) - loss_on(kept, cases) < 0.5 * (under_shift(other) - loss_on(other, cases))
 
 
 def test_repnoise_makes_noise_of_harmful_answers_and_unlearns_them():
@@ -108,7 +109,7 @@ def test_repnoise_makes_noise_of_harmful_answers_and_unlearns_them():
     found = {}
     for alpha, beta in ((0.0, 0.0), (4.0, 0.0), (0.0, 1.0)):
         found[alpha, beta] = repnoise(
-            tiny.model("llama"), cases, tokenizer=TOK, rng=np.random.default_rng(0), steps=40, lr=5e-3, batch=6, alpha=alpha, beta=beta
+            tiny.model("llama"), cases, tokenizer=TOK, rng=np.random.default_rng(0), steps=25, lr=8e-3, batch=6, alpha=alpha, beta=beta
         )  # fmt: skip
     assert far_from_noise(found[4.0, 0.0]) < 0.7 * far_from_noise(found[0.0, 0.0])
     assert loss_on(found[0.0, 1.0], bad) > 1.2 * loss_on(found[0.0, 0.0], bad)
@@ -139,7 +140,7 @@ def test_lisa_takes_turns_and_stays_near(monkeypatch):
         model = lisa(copy.deepcopy(start), cases, tokenizer=TOK, rng=np.random.default_rng(0), steps=10, lr=1e-3, batch=3,
                      rho=rho, align_steps=2, task_steps=3)  # fmt: skip
         moved[rho] = sum(
-            float((a - b).square().sum()) for a, b in zip(model.parameters(), start.parameters(), strict=True)
+            float((a - b).detach().square().sum()) for a, b in zip(model.parameters(), start.parameters(), strict=True)
         )
     turns = [("safe",)] * 2 + [("task",)] * 3
     assert asked == turns * 4 and moved[100.0] < 0.7 * moved[0.0]
