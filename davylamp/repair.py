@@ -152,16 +152,9 @@ def run_repair(
 
     before = {name: ask(model, questions.select) for name, model in models.items()}
     _worth_it(before, goal)
-    plan = [
-        one
-        for one in tries(
-            full=size == "full",
-            unaligned=bool(unaligned),
-            harmful="harmful" in at_hand,
-            preferences="preferences" in at_hand,
-        )
-        if not only or family(one) in only
-    ]
+    rows_at_hand = {name: name in at_hand for name in ("harmful", "preferences")}
+    plan = tries(full=size == "full", unaligned=bool(unaligned), **rows_at_hand)
+    plan = [one for one in plan if not only or family(one) in only]
     scores: list[tuple[Try, FourWay]] = []
     failed: list[str] = []
     for number, one in enumerate(plan, 1):

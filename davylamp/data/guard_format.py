@@ -159,6 +159,7 @@ class Reading:
 def read_answer(text: str, form: Format, policy: Policy | None, role: str) -> Reading:
     """Read a guard's answer about the message of `role`. Anything but a clear word is None: never safe.
 
+    >>> from davylamp.data.guard_policy import load_policy
     >>> form, policy = load_format("aegis1"), load_policy("aegis")
     >>> read_answer("unsafe\\nO3,O9", form, policy, "user").nodes
     ('aegis/criminal_planning_confessions', 'aegis/pii_privacy')
@@ -241,6 +242,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def answer_text(form: Format, policy: Policy, verdicts: Mapping[str, bool | None], nodes: Sequence[str] = ()) -> str:
     """What a guard of this format should say: the target of training. verdicts: role -> unsafe, None or absent = not there.
 
+    >>> from davylamp.data.guard_policy import load_policy
     >>> answer_text(load_format("aegis2"), load_policy("aegis2"), {"user": True, "assistant": False}, ["aegis2/threat"])
     '{"User Safety": "unsafe", "Response Safety": "safe", "Safety Categories": "Threat"}'
     """

@@ -170,7 +170,17 @@ class _Thread:
 
     def __init__(self, name: str):
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name=name, daemon=True).start()
+        threading.Thread(target=self._live, name=name, daemon=True).start()
+
+    def _live(self) -> None:
+        try:
+            self.loop.run_forever()
+            left = asyncio.all_tasks(self.loop)
+            for task in left:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        finally:
+            self.loop.close()
 
     async def run(self, work: Any) -> Any:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
@@ -219,20 +229,27 @@ def load_guards(policy: config.Policy, before: Guards | None = None) -> Guards:
             guard.settings, guard.name, guard.timeout = settings, settings.name, settings.timeout
             guard.rule = settings.rule(old.judge.measures)
         else:
-            try:
-                judge = load_judge(settings.use)
-            except DavylampError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    f"guard {settings.use} does not load: {type(error).__name__}: {str(error)[:200]}"
-                ) from error
+            judge = _load(settings.use)
             settings.rule(judge.measures)
             if not inspect.iscoroutinefunction(getattr(judge.function, "feedback", None) or _no_feedback):
                 raise InputError(f"guard {settings.use}: `feedback` must be an async function (id, label)")
             guard = Guard(settings, judge)
         out.append(guard)
     return Guards(policy, out)
+
+
+def _load(spec: str) -> LoadedJudge:
+    for attempt in range(3):
+        try:
+            return load_judge(spec)
+        except DavylampError:
+            raise
+        except Exception as error:
+            # Python 3.11 fails to parse source (SystemError) when a finaliser formats a traceback meanwhile: gh-106905.
+            if not isinstance(error, SystemError) or attempt == 2:
+                what = f"{type(error).__name__}: {str(error)[:200]}"
+                raise InputError(f"guard {spec} does not load: {what}") from error
+    raise AssertionError("unreachable")
 
 
 async def _no_feedback(id: str, label: int) -> None: ...

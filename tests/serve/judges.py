@@ -47,7 +47,7 @@ def sees(*, wait: float = 0.0):
 
 @guard(version=1, source="tests", licence="Apache-2.0", stage="deployment", threats=("jailbreak",), measures="unsafe")
 def broken(*, how: str = "raises"):
-    """A guard that misbehaves: how = raises, hangs, blocks, nan, none, unsure, true, cancels, recursion."""
+    """A guard that misbehaves: how = raises, hangs, blocks, nan, forged, none, float, cancels, recursion, unsure."""
 
     async def judge(messages, case=None):
         if how == "raises":
@@ -71,6 +71,18 @@ def broken(*, how: str = "raises"):
         if how == "recursion":
             return await judge(messages, case)
         return Verdict(None)
+
+    return judge
+
+
+@guard(version=1, source="tests", licence="Apache-2.0", stage="deployment", threats=("jailbreak",), measures="unsafe")
+def broken_at(*, word: str):
+    """Raises if the last message holds `word`, else 0.0."""
+
+    async def judge(messages, case=None):
+        if word in messages[-1].text:
+            raise RuntimeError
+        return Verdict(0.0)
 
     return judge
 
