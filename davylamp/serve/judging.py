@@ -175,10 +175,9 @@ class _Thread:
     def _live(self) -> None:
         try:
             self.loop.run_forever()
-            left = asyncio.all_tasks(self.loop)
-            for task in left:
+            for task in asyncio.all_tasks(self.loop):
                 task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+                self.loop.run_until_complete(asyncio.wait([task]))
         finally:
             self.loop.close()
 
