@@ -23,7 +23,10 @@ def commands() -> str:
     out = ["# Commands", "", "Exit codes: 0 done, 1 a claim or limit failed, 2 wrong usage, 3 could not run.", ""]
 
     def walk(command: click.Command, path: str) -> None:
-        context = click.Context(command, info_name=path, max_content_width=110, terminal_width=110)
+        flags = ["-h", "--help"]  # as the real group has them; click remembers the first it was asked for
+        context = click.Context(
+            command, info_name=path, max_content_width=110, terminal_width=110, help_option_names=flags
+        )
         out.extend([f"## {path}", "", "```text", command.get_help(context), "```", ""])
         if isinstance(command, click.Group):
             for name in command.list_commands(context):

@@ -6,6 +6,7 @@ SIGTERM and SIGINT stop: no new connections, requests on their way finish. SIGHU
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import json
@@ -177,6 +178,7 @@ class _Supervisor:
         self.processes: list[Any] = [None] * server.workers
         self.pipes: list[Any] = [None] * server.workers
         self.born = [0.0] * server.workers
+        self.ready = [False] * server.workers  # it has loaded its guards, however long that took
         self.falls = [0] * server.workers  # how often it ended young, in a row
         self.due = [0.0] * server.workers  # when it may start again
         self.stopping = False
@@ -206,7 +208,8 @@ class _Supervisor:
         )
         process.start()
         theirs.close()
-        self.processes[number], self.pipes[number], self.born[number] = process, ours, time.monotonic()
+        self.processes[number], self.pipes[number] = process, ours
+        self.born[number], self.ready[number] = time.monotonic(), False
 
     def _wait_ready(self, number: int) -> None:
         """Raise what the worker raised, if it did not come up."""
@@ -220,7 +223,8 @@ class _Supervisor:
             word = pipe.recv()
         except EOFError:
             raise RunError(f"worker {number} ended before it was ready") from None
-        if word != "ready":
+        self.ready[number] = word == "ready"
+        if not self.ready[number]:
             kind, text = json.loads(word)
             raise (InputError if kind in ("InputError", "UnknownNameError") else RunError)(text)
 
@@ -231,6 +235,9 @@ class _Supervisor:
                 self._start(number)
             return
         if process.is_alive():
+            if not self.ready[number]:
+                self._hear(number, now)
+                return
             if not self._stands_still(number, now):
                 return
             _say(f"worker {number} stood still for {self.policy.server.stuck_seconds:g} s and is started again")
@@ -243,6 +250,16 @@ class _Supervisor:
         self.falls[number] = self.falls[number] + 1 if now - self.born[number] < 10.0 else 0
         self.due[number] = now + (min(30.0, 0.25 * 2 ** self.falls[number]) if self.falls[number] else 0.0)
         self.processes[number] = None
+
+    def _hear(self, number: int, now: float) -> None:
+        """Whether a worker that starts again is ready; one that cannot start says why and ends."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipes[number].poll():
+                word = self.pipes[number].recv()
+                if word == "ready":
+                    self.ready[number], self.born[number] = True, now
+                else:
+                    _say(f"worker {number} cannot start: {json.loads(word)[1]}")
 
     def _stands_still(self, number: int, now: float) -> bool:
         try:
