@@ -313,13 +313,16 @@ def read(file: Path, module: str | None = None) -> list[Entry]:
 
 
 @cache
-def builtin() -> tuple[Entry, ...]:
-    """Everything that ships with davylamp, sorted by kind and name."""
-    entries = []
-    for folder in dict.fromkeys(FOLDERS.values()):
-        for file in sorted((ROOT / folder).glob("*.py")):
-            if not file.name.startswith("_"):
-                entries += read(file, f"davylamp.{folder}.{file.stem}")
+def shipped(folder: str) -> tuple[Entry, ...]:
+    """The things of one folder of davylamp. A lookup reads the folders of the kinds it is for, and no others."""
+    files = [file for file in sorted((ROOT / folder).glob("*.py")) if not file.name.startswith("_")]
+    return tuple(entry for file in files for entry in read(file, f"davylamp.{folder}.{file.stem}"))
+
+
+def builtin(kinds: tuple[str, ...] = tuple(FOLDERS)) -> tuple[Entry, ...]:
+    """Everything of these kinds that ships with davylamp, sorted by kind and name."""
+    folders = dict.fromkeys(FOLDERS[kind] for kind in kinds)
+    entries = [entry for folder in folders for entry in shipped(folder) if entry.kind in kinds]
     return tuple(sorted(entries, key=lambda entry: (entry.kind, entry.name)))
 
 
@@ -365,7 +368,7 @@ def find(kind: str | tuple[str, ...], name: str) -> Entry:
                 f"{file} must hold one {what}{f' named {inner}' if inner else ''}, found: {names}. Write {file}:NAME"
             )
         return found[0]
-    for pool in (builtin, plugins):
+    for pool in (lambda: builtin(kinds), plugins):
         for entry in pool():
             if entry.kind in kinds and entry.name == name:
                 return entry
