@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 help:            ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-tour: $(VENV)/hf.done   ## walk through the product on the built-in models; ends with one HTML report
+tour: $(VENV)/models.done   ## walk through the product on the built-in models; ends with one HTML report
 	$(BIN)/davylamp tour
 
 setup: $(VENV)/dev.done ## the developer's environment, with pre-commit hooks
@@ -36,7 +36,7 @@ docs: $(VENV)/dev.done  ## the documentation site, in site/
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
 
-organisms: $(VENV)/hf.done ## train the built-in models again from scratch (three seeds, about 75 minutes)
+organisms: $(VENV)/models.done ## train the built-in models again from scratch (three seeds, about 75 minutes)
 	$(BIN)/python -m davylamp.models.organism_make all
 
 bench: $(VENV)/dev.done ## the speed table of docs/performance.md
@@ -52,8 +52,8 @@ $(VENV)/pip.done:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/hf.done: $(VENV)/pip.done pyproject.toml constraints.txt
-	$(INSTALL) -e '.[hf]'
+$(VENV)/models.done: $(VENV)/pip.done pyproject.toml constraints.txt
+	$(INSTALL) -e '.[train]'
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/pip.done pyproject.toml constraints.txt
