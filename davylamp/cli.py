@@ -640,4 +640,5 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
     click.echo(f"{folder}/" + ("report.html" if (folder / "report.html").is_file() else "record.json"), err=True)
 
 
+import davylamp.cli_guard  # noqa: E402
 import davylamp.cli_make  # noqa: E402, F401  what makes things hangs itself on `main`, so it comes last
