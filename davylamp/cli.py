@@ -640,5 +640,7 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
     click.echo(f"{folder}/" + ("report.html" if (folder / "report.html").is_file() else "record.json"), err=True)
 
 
+# The rest of the commands hang themselves on `main`, so they come last.
 import davylamp.cli_evidence  # noqa: E402
-import davylamp.cli_make  # noqa: E402, F401  these hang their commands on `main`, so they come last
+import davylamp.cli_guard  # noqa: E402
+import davylamp.cli_make  # noqa: E402, F401
