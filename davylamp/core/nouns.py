@@ -137,6 +137,7 @@ class Metric:
     where: pairs of a case path (`category`, `meta.label`) and the value it must have.  by: case paths to break down by; a path that
     holds a list (tags) puts the case into a slice for each.
     against: (case path, a, b) makes it a paired contrast instead: mean(a) - mean(b) over cases that share `group`.
+    label: count the verdicts with this label instead of averaging values (a share of `invalid`, of `refused`).
     per: `case`, or `group`: the largest value of the cases that share a group counts once (an attack that may choose among them).
 
     >>> Metric("over_refusal_rate", flip=True, where=(("meta.label", "safe"),)).higher_is_better
@@ -150,6 +151,7 @@ class Metric:
     against: tuple[str, str, str] | None = None
     higher_is_better: bool = False
     per: Literal["case", "group"] = "case"
+    label: str = ""
 
 
 async def ask_once(target: Target, case: Case, *, seed: int = 0, **settings: Any) -> tuple[Message, ...]:

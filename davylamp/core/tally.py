@@ -35,6 +35,7 @@ def metric_json(metric: Metric) -> dict[str, Any]:
         "against": list(metric.against) if metric.against else None,
         "higher_is_better": metric.higher_is_better,
         **({"per": metric.per} if metric.per != "case" else {}),
+        **({"label": metric.label} if metric.label else {}),
     }
 
 
@@ -47,6 +48,7 @@ def metric_from(row: Mapping[str, Any]) -> Metric:
         against=tuple(row["against"]) if row["against"] else None,
         higher_is_better=row["higher_is_better"],
         per=row.get("per", "case"),
+        label=row.get("label", ""),
     )
 
 
@@ -126,7 +128,12 @@ class Tally:
         for index, metric in enumerate(self.metrics):
             if any(look(case, path) != wanted for path, wanted in metric.where):
                 continue
-            score = value if value is None or not metric.flip else 1.0 - value
+            score = value
+            if metric.label and verdict is not None:  # a verdict without a value still has its label
+                score = (
+                    float(verdict.get("label") == metric.label) if verdict.get("label") or value is not None else None
+                )
+            score = score if score is None or not metric.flip else 1.0 - score
             for part in slices(metric, case):
                 if metric.per == "group":
                     self.anys[index, part].add(score, case.get("group") or case["id"])
@@ -158,7 +165,7 @@ class Tally:
                     out.append(self.anys[index, part].estimate(**about))
                     continue
                 estimate = self.cells[index, part].estimate(**about)
-                if error:
+                if error and not metric.label:
                     flipped = {
                         "true_hits": error["true_passes"],
                         "positives": error["negatives"],
