@@ -117,7 +117,7 @@ def multijail(
 
 def _metrics(languages: Sequence[str], level: Mapping[str, str], arms: Sequence[str]) -> tuple[Metric, ...]:
     """Rates by slice, the share that any language breaks, and the paired gaps: each tier to the high one, each language to English."""
-    by = ("meta.language", "meta.tier", "meta.pool", "meta.tags")
+    by: tuple[str, ...] = ("meta.language", "meta.tier", "meta.pool", "meta.tags")
     by = (*by, "meta.arm", *(f"meta.arm*{path}" for path in by)) if len(arms) > 1 else by
     beyond = (("meta.pool", "non-English"),)
     per_arm = ("meta.arm", "meta.arm*meta.tier") if len(arms) > 1 else ()
