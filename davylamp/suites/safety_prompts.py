@@ -89,7 +89,8 @@ def safetybench(*, rows: str, language: Literal["zh", "en"] = "zh", shots: int =
     """Multiple-choice questions about safety: accuracy by category, a missing or unreadable letter counted as wrong.
 
     rows: a .jsonl file of {id, category, question, options (2 to 4), answer (index)}.  shots: worked examples before each question, from
-    `demos`, a file of the same form; they are of the question's category.  language: of the words around a question, zh or en.  Chance is the mean of 1/options, and stands in the notes.
+    `demos`, a file of the same form; they are of the question's category.  language: of the words around a question, zh or en.  Chance
+    is the mean of 1/options, and stands in the notes.
     It is knowledge about safety, not behaviour.
 
     Raises InputError for an answer outside the options, an unknown category, an id that stands twice, and too few demos.
