@@ -188,11 +188,13 @@ def run_repair(
         command=command,
     )
     final = {name: ask(model, questions.test) for name, model in models.items()}
+    for one in best:
+        if one is not chosen:
+            final[one.arm] = ask(_made(one, models, at_hand, tokenizer, seed), questions.test)
+    final[chosen.arm] = ask(load_pair(str(out))[0], questions.test)  # what was written, not what was tried
     controls: dict[str, FourWay] = {}
-    for one in best:  # of the chosen edit, what was written and not what was tried
-        model = load_pair(str(out))[0] if one is chosen else _made(one, models, at_hand, tokenizer, seed)
-        final[one.arm] = ask(model, questions.test)
-        arm, model = _control(one, model, models, at_hand, tokenizer, seed)
+    for one in best:
+        arm, model = _control(one, models, at_hand, tokenizer, seed)
         controls[arm] = ask(model, questions.test)
 
     record = new_record(
@@ -272,7 +274,7 @@ def _probes(tokenizer: Any, probes: Path | None, judge: str, task: Path | None, 
         rng, n = default_rng((seed, 7)), 400 if size == "full" else 300
         cases = [
             case
-            for name, share in (("hazards", 1.0), ("lookalikes", 0.4), ("benign", 0.2), ("capability", 0.4))
+            for name, share in (("hazards", 1.0), ("lookalikes", 0.5), ("benign", 0.4), ("capability", 0.7))
             for case in world.cases(name, int(n * share), rng, style="mixed")
         ]
         judged, about = None, {"judge": "the world's own truth"}
@@ -312,15 +314,15 @@ def _made(one: Try, models: Mapping[str, Any], rows: Mapping[str, Any], tokenize
 
 
 def _control(
-    one: Try, repaired: Any, models: Mapping[str, Any], rows: Mapping[str, Any], tokenizer: Any, seed: int
+    one: Try, models: Mapping[str, Any], rows: Mapping[str, Any], tokenizer: Any, seed: int
 ) -> tuple[str, Any]:
-    """(arm, model) of the control of `repaired`: for Antidote a random mask of its size; for the others a random mask over what the
-    fine-tune added that moves the weights as far as the edit did."""
+    """(arm, model) of the control: for Antidote a random mask of its size; for the others a random mask over what the fine-tune added that
+    moves the weights as far as the edit did."""
     arm = f"random mask, size of {one.arm}"
     if one.control is not None:
         edit, options = one.control
         return arm, _made(replace(one, edit=edit, options=options), models, rows, tokenizer, seed)
-    share = _moved(repaired, models["tuned"], models["aligned"])
+    share = _moved(_made(one, models, rows, tokenizer, seed), models["tuned"], models["aligned"])
     options = {"mode": "delta", "ratio": min(share, 0.99), "scope": "tensor", "score": "random"}
     return arm, _made(Try(arm, "antidote", options, "tuned", ("aligned",)), models, rows, tokenizer, seed)
 
