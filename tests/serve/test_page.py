@@ -169,7 +169,7 @@ def test_in_a_browser_the_numbers_stand_and_move_with_scripts_off_and_on(pair, s
 @needs_chromium
 def test_in_a_browser_hostile_names_stay_text(pair, tmp_path):
     _, gateway = pair
-    gateway.gateway.metrics.weigh("mix", {EVIL: 0.4, "lax": 0.6})
+    gateway.gateway.guards.by_name["mix"].judge.function.weights = {EVIL: 0.4, "lax": 0.6}  # noted every second
 
     async def look():
         async with browse(f"http://127.0.0.1:{gateway.port}/") as view:
