@@ -1,8 +1,9 @@
 """The gateway beside bare proxies and peers: CPU a request of the proxy's processes, and the time it adds.
 
 All arms in turn in each round, on loopback, before the same upstream, at concurrency 64: the upstream asked directly, a proxy that moves
-bytes, an aiohttp pass-through, ours with a guard on input and output, and on request LiteLLM's proxy with a trivial guardrail of its own
-and the NeMo Guardrails server with its simplest rail. Every answer is checked against its question. Ratios are medians over rounds.
+bytes, an aiohttp pass-through, ours with a guard on input and output (`ours`: with `lamp`; `gateway`: with one that looks for a word), and
+on request LiteLLM's proxy with a trivial guardrail of its own and the NeMo Guardrails server with its simplest rail. Every answer is
+checked against its question. Ratios are medians over rounds.
 
     python benchmarks/gateway.py [--rounds 5] [--guard SPEC] [--peers litellm,nemo] [--json]
 """
@@ -202,7 +203,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=2000, help="a round and arm; peers get fewer")
     parser.add_argument("--pieces", type=int, default=8, help="writes that a streamed reply comes in")
-    parser.add_argument("--guard", default=str(HERE / "word_guard.py"), help="a spec, as davylamp serve takes it")
+    parser.add_argument("--guard", default="lamp:encoder=hashed", help="a spec, as davylamp serve takes it")
     parser.add_argument("--peers", default="", help="litellm,nemo: installed in environments of their own")
     parser.add_argument("--environments", type=Path, default=HERE.parent / "build" / "peers", help="where these lie")
     parser.add_argument("--json", action="store_true")
@@ -216,6 +217,7 @@ def main():
         arms = {"direct": far, "bare": Process([*proxy, "bare", url]), "passthrough": Process([*proxy, "aiohttp", url])}
         stack.callback(lambda: [arm.end() for name, arm in arms.items() if name != "direct"])
         arms["ours"] = ours(url, folder, args.guard)
+        arms["gateway"] = ours(url, folder, str(HERE / "word_guard.py"))
         for name in filter(None, args.peers.split(",")):
             arms[name] = peer(name, url, folder, args.environments)
         for arm in arms.values():
@@ -233,7 +235,7 @@ def main():
                     rates[name, stream].append(rate)
         waits = defaultdict(list)  # at concurrency 8, in short turns so that all arms see the same machine
         for _ in range(max(args.rounds, 2) * 2):
-            for name in ("direct", "passthrough", "ours"):
+            for name in ("direct", "passthrough", "gateway", "ours"):
                 waits[name] += measure(arms[name], requests=400, concurrency=8)[1]
 
     def ratio(a, b, stream=False):
@@ -241,12 +243,15 @@ def main():
 
     figures = {"ours_over_passthrough": ratio("ours", "passthrough")}
     figures["ours_over_passthrough_streaming"] = ratio("ours", "passthrough", True)
-    figures["ours_over_bare"] = ratio("ours", "bare")
+    figures["gateway_over_passthrough"] = ratio("gateway", "passthrough")
+    figures["gateway_over_passthrough_streaming"] = ratio("gateway", "passthrough", True)
+    figures["gateway_over_bare"] = ratio("gateway", "bare")
     for name in (name for name in PEERS if name in arms):
         figures[f"{name}_over_ours"] = ratio(name, "ours")
+        figures[f"{name}_over_gateway"] = ratio(name, "gateway")
         if (name, True) in costs:
             figures[f"{name}_over_ours_streaming"] = ratio(name, "ours", True)
-    for name in ("ours", "passthrough"):
+    for name in ("ours", "gateway", "passthrough"):
         for percent in (50, 99):
             added = numpy.percentile(waits[name], percent) - numpy.percentile(waits["direct"], percent)
             figures[f"{'' if name == 'ours' else name + '_'}added_p{percent}_ms"] = added * 1e3
