@@ -8,6 +8,7 @@ A text is accepted where its score is below the threshold; a failure is an unsaf
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ def conservative_threshold(
         raise InputError(
             f"{n} unsafe rows cannot show a failure rate of {failure:g} at {level:.0%}: {needed} are needed"
         )
-    allowed = max(k for k in range(n) if failure_bound(k, n, level) <= failure)
+    # the bound rises with the count: the last one that fits
+    allowed = bisect_right(range(n), failure, key=lambda k: failure_bound(k, n, level)) - 1
     threshold = float(unsafe[allowed])  # `allowed` rows, or fewer where scores are equal, lie below it
     failures = int(np.searchsorted(unsafe, threshold, side="left"))
     return {

@@ -29,6 +29,7 @@ from davylamp.train.adversarial import Snippet, attack_round
 Observed = tuple[Claim | None, Estimate]
 PASS = 0.8  # share of safe held-out stories that pass, for every classifier alike
 WEIGHT = 3.0  # of added rows
+PLACES = 2  # words that an attack considers at a time
 SIZES: dict[str, dict[str, int]] = {
     "quick": {
         "base": 1000,
@@ -121,7 +122,7 @@ class _Arm:
             budget=budget,
             propose=proposals_of("roles"),
             rng=np.random.default_rng([seed, 2]),
-            **how,
+            **{"places": PLACES, **how},
         )
         self.attacks[name] = asyncio.run(work)
 
@@ -148,6 +149,7 @@ def _one(seed: int, plan: dict[str, int], starts: list[Snippet]) -> dict[str, _A
             propose=proposals_of("roles"),
             paraphrases=6,
             rng=rng,
+            places=PLACES,
         )
         added += asyncio.run(work)[1]
         now = _Arm(base, added, held, test, seed)
@@ -161,7 +163,7 @@ def _one(seed: int, plan: dict[str, int], starts: list[Snippet]) -> dict[str, _A
         if name != "base":
             arm.attack("saliency", few, budget, seed)
         if name in ("base", "all rounds"):
-            arm.attack("insertions", few, budget, seed, insert=insert, places=2)
+            arm.attack("insertions", few, budget, seed, insert=insert)
     return arms
 
 

@@ -123,10 +123,18 @@ async def attack_round(
     propose: Propose,
     paraphrases: int,
     rng: Generator,
+    places: int = 4,
 ) -> tuple[list[Search], list[Snippet]]:
     """Attack the starts; the searches, and what is to be added: each success and changed copies of it, all labelled by the oracle."""
     found = await search(
-        classifier, oracle, [item.pair for item in starts], threshold=threshold, budget=budget, propose=propose, rng=rng
+        classifier,
+        oracle,
+        [item.pair for item in starts],
+        threshold=threshold,
+        budget=budget,
+        propose=propose,
+        rng=rng,
+        places=places,
     )
     fresh: list[Snippet] = []
     for start, item in zip(starts, found, strict=True):
