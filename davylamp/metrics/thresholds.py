@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from davylamp.core.stats import clopper_pearson, rate, wilson
 LEVEL = 0.95
 
 
+@cache
 def failure_bound(failures: int, n: int, level: float = LEVEL) -> float:
     """The one-sided upper Clopper-Pearson bound of a failure rate; with no failure it is 1 - (1 - level)^(1/n), about 3/n.
 
