@@ -8,7 +8,8 @@ yardstick; `_cpu_over_cp_cpu` is of the CPU seconds of the two, which a busy mac
     python benchmarks/merge.py [--rounds 3] [--gb 1.0] [--json] [--mergekit-python PYTHON | --install-peers]
 
 mergekit 0.1.5 (`linear` on the CPU, as installed) is compared as whole processes, imports included, in CPU seconds: `linear_over_mergekit`
-is ours divided by its. The two results are compared entry by entry. --install-peers makes an environment for it in the temporary folder (needs a package index), with this one's torch.
+is ours divided by its. The two results are compared entry by entry. --install-peers makes an environment for it in the temporary folder
+(needs a package index), with this one's torch.
 """
 
 import argparse

@@ -254,7 +254,7 @@ def repair_command(tuned: str, refusal: float, keep: float, over_refusal: float,
 @click.option("--host", help="Address to listen on [default: the policy's, else 127.0.0.1].")
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one [default: the policy's, else 8080].")
 @click.option("--workers", type=int, help="Processes [default: the policy's, else 1].")
-@click.option("--audit", type=click.Path(path_type=Path), help="Append one line a verdict to this file.")
+@click.option("--audit", type=click.Path(path_type=Path), help="Append one line a request to this file.")
 @click.option("--check", is_flag=True, help="Load policy and guards, say so, and end.")
 def serve_command(guards: tuple[str, ...], **options: Any) -> None:
     """Put guards in front of an OpenAI-compatible server: the judge that scored the suite decides what goes through."""
