@@ -21,9 +21,9 @@ from davylamp.train._unlearn_losses import token_nll
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-#: forget: to be unlearnt.  retain, general: to be kept.  neighbour: wanted facts beside the forgotten ones (dual use).
+#: forget: to be unlearnt.  reworded: the same asked in words that unlearning must not see.  retain, general: to be kept.  neighbour: wanted facts beside the forgotten ones (dual use).
 #: safety: behaviour that must stay (refusals).  holdout: never seen by the model.
-PARTS = ("forget", "retain", "neighbour", "general", "safety", "holdout")
+PARTS = ("forget", "reworded", "retain", "neighbour", "general", "safety", "holdout")
 NEAR = 0.8  # share of words that two prompts with the same answer have in common
 
 
@@ -42,8 +42,8 @@ def sets(
 ) -> Sets:
     """The rows by part. Raises InputError for an unknown part, an empty set, or rows that are in both (listed)."""
     for name in retain:
-        if name not in PARTS or name == "forget":
-            raise InputError(f"retain names parts among {', '.join(PARTS[1:])}, got {name!r}")
+        if name not in PARTS[2:]:
+            raise InputError(f"retain names parts among {', '.join(PARTS[2:])}, got {name!r}")
     for case in rows:
         if case.meta.get("part") not in PARTS:
             raise InputError(
