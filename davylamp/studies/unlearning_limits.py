@@ -39,11 +39,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "simnpo, neighbours kept": ("simnpo", {"beta": 2.5, "forget_weight": 1.0, "retain": ("retain", "general", "neighbour")}),
     "grad_diff, refusals kept": ("grad_diff", {"retain": ("retain", "general", "safety")}),
     "npo of another part": ("npo", {"other": True}),
-    "grad_diff, 100 steps at 1e-3": ("grad_diff", {"lr": 1e-3, "steps": 100, "stop": None, "check_every": 20}),
-    "npo, 100 steps at 1e-3": ("npo", {"lr": 1e-3, "steps": 100, "stop": None, "check_every": 20}),
+    "grad_diff, 100 steps at 2e-3": ("grad_diff", {"lr": 2e-3, "steps": 100, "stop": None, "check_every": 20}),
+    "npo, 100 steps at 2e-3": ("npo", {"lr": 2e-3, "steps": 100, "stop": None, "check_every": 20}),
 }  # fmt: skip
 QUICK = ("npo", "simnpo", "grad_diff", "refusal training")
-LOOKS = {"quick": (20, 80), "full": (10, 20, 40, 80, 160)}
+LOOKS = {"quick": (20, 80), "full": (10, 20, 40, 80)}
 STEPS = 220  # of training from scratch
 METHODS_CLAIMED = ("npo", "simnpo", "grad_diff")
 
@@ -159,7 +159,7 @@ def observe(seed: int, size: str, arms: Sequence[str] = ()) -> Seen:
     for arm in names:
         method, options = ARMS[arm]
         given = [row for row in rows if row.meta["part"] != "safety" or row.meta["split"] == "T"]
-        settings = {"lr": 3e-4, "stop": STOP, "steps": 300, "weight_decay": 0.0, **options}
+        settings = {"lr": 1e-3, "stop": STOP, "steps": 300, "weight_decay": 0.0, **options}
         if settings.pop("other", False):
             given = _other_part(given)
         model = copy.deepcopy(base)
@@ -254,9 +254,9 @@ def _more(known: Any, back: Any, drop: Any, last: str) -> list[Observed]:
          drop("npo, neighbours kept", "neighbour", "npo")),
         (Claim("refusal", "grad_diff, refusals kept", at_least=0.90), known("grad_diff, refusals kept", "safety")),
         (Claim("forget", "npo of another part", at_least=0.80, control=True), known("npo of another part", "forget")),
-        (Claim("V known after relearning", "npo, 100 steps at 1e-3", "npo", at_most=0.0),
-         back("npo, 100 steps at 1e-3", last, "npo")),
-        (Claim("neighbour", "npo, 100 steps at 1e-3", at_most=0.30), known("npo, 100 steps at 1e-3", "neighbour")),
+        (Claim("V known after relearning", "npo, 100 steps at 2e-3", "npo", at_most=0.0),
+         back("npo, 100 steps at 2e-3", last, "npo")),
+        (Claim("neighbour", "npo, 100 steps at 2e-3", at_most=0.30), known("npo, 100 steps at 2e-3", "neighbour")),
     ]  # fmt: skip
 
 
