@@ -100,7 +100,9 @@ def tofu_utility(logs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         else:
             out[f"{name}/probability"] = choice_probability(log["gt"], log["perturbed"])
         out[f"{name}/rouge"] = float(_numbers(log["rouge"], "rouge").mean())
-        out[f"{name}/truth_ratio"] = truth_score(truth_ratios(log["paraphrased"], log["perturbed"]), forget=False)
+        out[f"{name}/truth_ratio"] = truth_score(
+            truth_ratios(log["paraphrased"], log["perturbed"]).tolist(), forget=False
+        )
     return {"utility": harmonic_mean(list(out.values())), **out}
 
 
