@@ -239,7 +239,7 @@ def judged(seen: Sequence[Seen], size: str) -> list[Observed]:
     for arm in seen[0].asked:
         out += [
             (None, replace(known(arm, part), arm=arm))
-            for part in ("forget", *world.TOPICS, "safety")
+            for part in (*world.TOPICS, "safety")
             if part in seen[0].asked[arm]
         ]
     return out

@@ -41,7 +41,7 @@ def small():
         for r in world.facts(np.random.default_rng(0))
         if r.meta["thing"][-1] in "01234" and len(r.meta["thing"].lstrip("abcdefghijklmnopqrstuvwxyz")) == 1
     ]
-    model = world.learn(rows, world.tokenizer(), seed=0, rng=np.random.default_rng(0), steps=90)
+    model = world.learn(rows, world.tokenizer(), seed=0, rng=np.random.default_rng(0), steps=150)
     return model, rows
 
 
