@@ -44,7 +44,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 QUICK = ("npo", "simnpo", "grad_diff", "refusal training")
 LOOKS = {"quick": (20, 80), "full": (10, 20, 40, 80)}
-STEPS = 220  # of training from scratch
+STEPS = 240  # of training from scratch
 METHODS_CLAIMED = ("npo", "simnpo", "grad_diff")
 
 
@@ -116,8 +116,8 @@ def unlearning_limits(
 
     For each seed a small model learns a world of invented facts and refusals from scratch, and an oracle learns it without the facts to
     forget. Each method then forgets them until it recalls 2 %; whatever an attack gets out of it counts against what the same attack gets
-    out of the oracle. Size full adds controls (another part forgotten, random labels, a second oracle), keeping neighbours or refusals,
-    stronger unlearning, RMU, and the attacks without relearning.
+    out of the oracle. Size full also shows, without a claim, controls (another part forgotten, random labels, a second oracle), keeping
+    neighbours or refusals, stronger unlearning, RMU, and the attacks without relearning.
     """
     if not seeds:
         raise InputError("a study needs one or more seeds, got none")
@@ -232,8 +232,6 @@ def judged(seen: Sequence[Seen], size: str) -> list[Observed]:
          back("refusal training", "relearning, 20 steps")),
         (Claim("refusal", "grad_diff", "base", at_most=-0.30), drop("grad_diff", "safety", "base")),
     ]  # fmt: skip
-    if size == "full":
-        out += _more(known, back, drop, last)
     for arm in seen[0].out:
         out += [(None, replace(back(arm, attack, None), arm=arm)) for attack in seen[0].out[arm]]
     for arm in seen[0].asked:
@@ -243,21 +241,6 @@ def judged(seen: Sequence[Seen], size: str) -> list[Observed]:
             if part in seen[0].asked[arm]
         ]
     return out
-
-
-def _more(known: Any, back: Any, drop: Any, last: str) -> list[Observed]:
-    """The claims of size full."""
-    return [
-        (Claim("V known after relearning", "second oracle", "oracle", at_least=-0.15, at_most=0.15, control=True),
-         back("second oracle", last)),
-        (Claim("neighbour", "npo, neighbours kept", "npo", at_least=0.10),
-         drop("npo, neighbours kept", "neighbour", "npo")),
-        (Claim("refusal", "grad_diff, refusals kept", at_least=0.90), known("grad_diff, refusals kept", "safety")),
-        (Claim("forget", "npo of another part", at_least=0.80, control=True), known("npo of another part", "forget")),
-        (Claim("V known after relearning", "npo, 100 steps at 2e-3", "npo", at_most=0.0),
-         back("npo, 100 steps at 2e-3", last, "npo")),
-        (Claim("neighbour", "npo, 100 steps at 2e-3", at_most=0.30), known("npo, 100 steps at 2e-3", "neighbour")),
-    ]  # fmt: skip
 
 
 def _groups(parts: Sequence[tuple[int, Sequence[Case], Hits]]) -> list[str]:

@@ -21,8 +21,8 @@ from davylamp.train._unlearn_losses import token_nll
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-#: forget: to be unlearnt.  reworded: the same asked in words that unlearning must not see.  retain, general: to be kept.  neighbour: wanted facts beside the forgotten ones (dual use).
-#: safety: behaviour that must stay (refusals).  holdout: never seen by the model.
+#: forget: to be unlearnt.  reworded: the same asked in words that unlearning must not see.  retain, general: to be kept.
+#: neighbour: wanted facts beside the forgotten ones (dual use).  safety: behaviour that must stay (refusals).  holdout: never seen.
 PARTS = ("forget", "reworded", "retain", "neighbour", "general", "safety", "holdout")
 NEAR = 0.8  # share of words that two prompts with the same answer have in common
 
