@@ -44,7 +44,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 QUICK = ("npo", "simnpo", "grad_diff", "refusal training")
 LOOKS = {"quick": (20, 80), "full": (10, 20, 40, 80)}
-STEPS = 240  # of training from scratch
+STEPS = 300  # of training from scratch
 METHODS_CLAIMED = ("npo", "simnpo", "grad_diff")
 
 
@@ -100,15 +100,6 @@ def unlearning_card(
     return [(None, estimate) for estimate in found.estimates]
 
 
-@study(
-    version=1,
-    source="arXiv:2501.04952",
-    licence="Apache-2.0",
-    stage="evaluation",
-    threats=("harmful-compliance", "capability-loss"),
-    needs="hf",
-    systems=("19",),
-)
 def unlearning_limits(
     *, size: Literal["quick", "full"] = "quick", seeds: tuple[int, ...] = (0, 1, 2)
 ) -> list[Observed]:
@@ -119,6 +110,7 @@ def unlearning_limits(
     out of the oracle. Size full also shows, without a claim, controls (another part forgotten, random labels, a second oracle), keeping
     neighbours or refusals, stronger unlearning, RMU, and the attacks without relearning.
     """
+    # Not in the registry yet: arms' learning rate and the thresholds still have to be calibrated on a development seed, then frozen.
     if not seeds:
         raise InputError("a study needs one or more seeds, got none")
     return judged([observe(seed, size) for seed in seeds], size)
