@@ -1,4 +1,7 @@
-"""System 26: the claims beside their controls over several seeds; the two tuned experts; the shipped base is what its script makes."""
+"""System 26: the claims beside their controls over several seeds; the two tuned experts; the shipped base is what its script makes.
+
+Fewer seeds here than the studies' own, to keep the suite short; the page's tables are of those.
+"""
 
 import numpy as np
 import pytest
@@ -20,14 +23,14 @@ def broken(observed):
 
 @pytest.mark.slow
 def test_online_claims_and_controls_hold():
-    observed = aegis_online()
+    observed = aegis_online(seeds=(0, 1, 2, 3, 4))
     assert len(observed) == 12 and sum(claim.control for claim, _ in observed) == 6
     assert not broken(observed)
 
 
 @pytest.mark.slow
 def test_the_tuned_experts():
-    assert not broken(aegis_experts())
+    assert not broken(aegis_experts(seeds=(0, 1)))
 
 
 def test_the_stream_by_a_second_way():
