@@ -34,7 +34,7 @@ SECTIONS = {
     "Look inside": ("interp", "explain", "scan"),
     "Change": ("audit", "data", "train", "edit", "repair"),
     "Guard": ("guard", "serve"),
-    "Runs": ("report", "compare", "rejudge", "again"),
+    "Runs": ("report", "compare", "rejudge", "again", "coverage", "case"),
     "Help yourself": ("tour", "list", "show", "new", "doctor"),
 }
 
@@ -640,5 +640,7 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
     click.echo(f"{folder}/" + ("report.html" if (folder / "report.html").is_file() else "record.json"), err=True)
 
 
+# The rest of the commands hang themselves on `main`, so they come last.
+import davylamp.cli_evidence  # noqa: E402
 import davylamp.cli_guard  # noqa: E402
-import davylamp.cli_make  # noqa: E402, F401  what makes things hangs itself on `main`, so it comes last
+import davylamp.cli_make  # noqa: E402, F401
