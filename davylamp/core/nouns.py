@@ -138,7 +138,8 @@ class Metric:
     holds a list (tags) puts the case into a slice for each.
     against: (case path, a, b) makes it a paired contrast instead: mean(a) - mean(b) over cases that share `group`.
     label: count the verdicts with this label instead of averaging values (a share of `invalid`, of `refused`).
-    per: `case`, or `group`: the largest value of the cases that share a group counts once (an attack that may choose among them).
+    per: `case`; or `group`: the largest value of the cases that share a group counts once (an attack that may choose among them); or
+    `category`: each category counts the same, however many cases it has (macro average).
 
     >>> Metric("over_refusal_rate", flip=True, where=(("meta.label", "safe"),)).higher_is_better
     False
@@ -150,7 +151,7 @@ class Metric:
     by: tuple[str, ...] = ("category",)
     against: tuple[str, str, str] | None = None
     higher_is_better: bool = False
-    per: Literal["case", "group"] = "case"
+    per: Literal["case", "group", "category"] = "case"
     label: str = ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from davylamp.core.nouns import Estimate, Metric
-from davylamp.core.stats import clustered_rate, corrected_rate, paired_difference, rate
+from davylamp.core.stats import clustered_rate, corrected_rate, macro_rate, paired_difference, rate
 
 #: A judge's measured error: how many of the rows labelled 1 (positives) and 0 (negatives) it called so.
 Error = Mapping[str, int]
@@ -71,6 +71,26 @@ class _Any:
 
 
 @dataclass(slots=True)
+class _Macro:
+    """Sums of one metric `per` category in one slice: hits and scored rows of each category."""
+
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    unscored: int = 0
+
+    def add(self, value: float | None, category: str) -> None:
+        if value is None:
+            self.unscored += 1
+            return
+        part = self.parts.setdefault(category, [0.0, 0.0])
+        part[0] += value
+        part[1] += 1
+
+    def estimate(self, **about: Any) -> Estimate:
+        hits, sizes = [part[0] for part in self.parts.values()], [int(part[1]) for part in self.parts.values()]
+        return macro_rate(hits, sizes, self.unscored, **about)
+
+
+@dataclass(slots=True)
 class _Cell:
     """Sums of one metric in one slice. `groups` holds (sum, rows) by group; ungrouped rows only count in the totals."""
 
@@ -114,7 +134,7 @@ class Tally:
     def __init__(self, metrics: Iterable[Metric], *, epochs: int = 1):
         self.metrics, self.epochs = tuple(metrics), epochs
         self.cells: dict[tuple[int, Slice], _Cell] = defaultdict(_Cell)
-        self.anys: dict[tuple[int, Slice], _Any] = defaultdict(_Any)
+        self.sets: dict[tuple[int, Slice], _Any | _Macro] = {}
         self.pairs: dict[tuple[int, Slice], dict[str, dict[str, list[float | None]]]] = {}
         self.counts = {"rows": 0, "scored": 0, "unscored": 0, "failed": 0}
 
@@ -135,8 +155,10 @@ class Tally:
                 )
             score = score if score is None or not metric.flip else 1.0 - score
             for part in slices(metric, case):
-                if metric.per == "group":
-                    self.anys[index, part].add(score, case.get("group") or case["id"])
+                if metric.per != "case":
+                    per_group = metric.per == "group"
+                    name = (case.get("group") or case["id"]) if per_group else str(case.get("category"))
+                    self.sets.setdefault((index, part), _Any() if per_group else _Macro()).add(score, name)
                 elif metric.against is None:
                     self.cells[index, part].add(score, group)
                 elif (arm := look(case, metric.against[0])) in metric.against[1:]:
@@ -147,7 +169,7 @@ class Tally:
         """All estimates. seed: for the bootstrap of contrasts.  error: the judge's measured error, to correct rates with."""
         out = []
         for index, metric in enumerate(self.metrics):
-            parts = [part for found in (self.cells, self.anys, self.pairs) for number, part in found if number == index]
+            parts = [part for found in (self.cells, self.sets, self.pairs) for number, part in found if number == index]
             for part in sorted(
                 parts or [(None, None)],
                 key=lambda part: (part != (None, None), part[1] is not None and part[0] is not None),
@@ -161,8 +183,11 @@ class Tally:
                 if metric.against is not None:
                     out.append(self._contrast(metric, self.pairs.get((index, part), {}), seed, about))
                     continue
-                if metric.per == "group":  # the largest of several verdicts has another error than one verdict
-                    out.append(self.anys[index, part].estimate(**about))
+                if (
+                    metric.per != "case"
+                ):  # the judge's error is that of one verdict, not of the largest of several or of a mean of means
+                    found_set = self.sets.get((index, part)) or (_Any() if metric.per == "group" else _Macro())
+                    out.append(found_set.estimate(**about))
                     continue
                 estimate = self.cells[index, part].estimate(**about)
                 if error and not metric.label:

@@ -16,6 +16,7 @@ set on the hub (`nvidia/Aegis-AI-Content-Safety-Dataset-2.0`, with a split as in
 
 A row that cannot be used is dropped with a named reason; a label nobody knows is an error, unless `lenient`. Columns of aegis1, aegis2,
 beavertails, wildguardmix and toxicchat are written down from their documentation.
+Longer than 400 lines because the forms stand side by side, each a few lines, so that one can be written by looking at the next.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def translated(*, judge: str, translator: str, invalid: float = 0.0, max_tokens:
 
     judge: its options are parted by `;`, as in `translated:judge=llm_judge:model=openai/NAME;rubric=harm,translator=openai/NAME`.
     translator: a target that is asked to translate, at temperature 0; one language model can be both. A case whose `meta.language` is
-    `en` is not translated.  invalid: the value of a reply that is empty or comes back empty from translation; it stays in the
+    `en` is not translated.  max_tokens: how long a translation may get.  invalid: the value of a reply that is empty or comes back
+    empty from translation; it stays in the
     denominator, as in the paper.  Raises TargetError if the translator fails: never a judgement of the untranslated text.
     """
     if not 0 <= invalid <= 1:

@@ -1,7 +1,4 @@
-"""System 11: a category that is new at inference, refusal augmentation and the label rules, each beside its control, over several seeds.
-
-Two seeds of the trained claims here, to keep the suite short; the page's tables are of the studies' own three.
-"""
+"""System 11: a category that is new at inference, refusal augmentation and the label rules, each beside its control, over several seeds."""
 
 import numpy as np
 import pytest
@@ -28,13 +25,13 @@ def test_label_rules(seeds):
 
 @pytest.mark.slow
 def test_a_category_that_is_new_at_inference():
-    observed = aegis2_new_category(seeds=(0, 1))
+    observed = aegis2_new_category()
     assert sum(claim is not None for claim, _ in observed) == 5 and not broken(observed)
 
 
 @pytest.mark.slow
 def test_refusal_augmentation():
-    assert not broken(aegis2_refusals(seeds=(0, 1)))
+    assert not broken(aegis2_refusals())
 
 
 def test_the_world_keeps_its_promises():
