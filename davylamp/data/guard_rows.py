@@ -11,10 +11,12 @@ set on the hub (`nvidia/Aegis-AI-Content-Safety-Dataset-2.0`, with a split as in
   toxicchat          arXiv:2310.17389; user_input, toxicity
   openai_moderation  arXiv:2208.03274; prompt and the flags S H V HR SH S3 H2 V2; a missing flag is unknown, not false
   xstest             arXiv:2308.01263; prompt, type, label (or types that start with contrast_)
+  fortunes           a folder of the Debian package `fortunes`: quotations and jokes, taken as safe rows; `fortunes:FOLDER#N` draws N
   public             a folder of public benchmark rows, by the recipe in assets/lamp/public.toml
 
 A row that cannot be used is dropped with a named reason; a label nobody knows is an error, unless `lenient`. Columns of aegis1, aegis2,
 beavertails, wildguardmix and toxicchat are written down from their documentation.
+Longer than 400 lines because the forms stand side by side, each a few lines, so that one can be written by looking at the next.
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ def load_rows(spec: str | Path, *, lenient: bool = False, permissive: bool = Fal
         return _plain_rows(Path(where))
     if form == "rows":
         return _plain_rows(Path(where))
+    if form == "fortunes":
+        from davylamp.data._fortunes import fortunes
+
+        return list(fortunes(where))
     if form == "public":
         raise InputError("public rows are drawn: use public_rows(folder, rng=…)")
     out: list[Case | Dropped] = []
@@ -100,11 +106,11 @@ def _split(spec: str) -> tuple[str, str]:
     form, colon, where = spec.partition(":")
     if not colon:
         return "", spec
-    if form in FORMS or form in ("rows", "public"):
+    if form in FORMS or form in ("rows", "fortunes", "public"):
         return form, where
     if Path(spec).exists():
         return "", spec
-    raise UnknownNameError("form of guard rows", form, [*FORMS, "rows", "public"], see="docs/guards.md")
+    raise UnknownNameError("form of guard rows", form, [*FORMS, "rows", "fortunes", "public"], see="docs/guards.md")
 
 
 def _looks_ours(path: Path) -> bool:

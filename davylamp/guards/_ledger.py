@@ -135,7 +135,8 @@ class SQLLedger:
             self.name = sa.make_url(url).render_as_string(hide_password=True)
             self.engine = sa.create_engine(url, **({"connect_args": {"timeout": 30}} if self.sqlite else {}))
         except ImportError as problem:
-            raise NeedsError(f"the state {self.name} needs a driver: pip install {problem.name}") from None
+            extra = "'davylamp[postgresql]'" if problem.name == "psycopg" else problem.name
+            raise NeedsError(f"the state {self.name} needs a driver: pip install {extra}") from None
         except sa.exc.ArgumentError:
             shown = url.partition("://")[0] + "://…"
             raise InputError(

@@ -181,6 +181,22 @@ def test_bad_specs(spec, error, text):
         load_rows(spec)
 
 
+def test_fortunes(tmp_path):
+    """Each entry once, long and short ones and left-out files aside; N draws the same rows whatever else lies in the folder."""
+    lines = [f"An old saying, the {n}th of its kind,\n  on two lines" for n in range(30)]
+    (tmp_path / "wisdom").write_text("\n%\n".join([*lines, *lines[:5], "short", "x" * 600]) + "\n%\n", encoding="utf-8")
+    (tmp_path / "ethnic").write_text("Not this one, it is left out.\n%\nNor this one here.\n%\n", encoding="utf-8")
+    (tmp_path / "wisdom.dat").write_bytes(b"\x00\xff")
+    (tmp_path / "README").write_text("no entries here at all", encoding="utf-8")
+    rows = load_rows(f"fortunes:{tmp_path}")
+    assert {case.messages[-1].text for case in rows} == {" ".join(line.split()) for line in lines}
+    assert len(rows) == 30 and all(case.answer == 0 and case.group == case.id for case in rows)
+    assert load_rows(f"fortunes:{tmp_path}#7") == rows[:7]
+    for bad in ("#x", "/none"):
+        with pytest.raises(InputError, match="fortunes"):
+            load_rows(f"fortunes:{tmp_path}{bad}")
+
+
 def test_an_empty_file_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no rows"):
         load(tmp_path, "xstest")
