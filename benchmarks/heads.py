@@ -1,6 +1,6 @@
 """Ships over all heads x 100 prompts: the engine beside a naive hook loop and, where installed, TransformerLens. One thread.
 
-python benchmarks/heads.py [--json] [--prompts 100] [--peers DIR] [--install-peers DIR]
+python benchmarks/heads.py [--json] [--prompts 100] [--only SIZE] [--install-peers]
 
 naive: one prompt at a time, one head at a time, plain torch hooks on the library's model, as the reference does.
 batched: the same with all prompts in one batch. transformer_lens: the same ablations, batched, on a model of its own with equal weights.
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -26,6 +27,7 @@ from davylamp.interp._scores import kl, prescreen, ranked, score_heads
 
 SIZES = {"4x8, width 128": (4, 8, 128), "8x8, width 256": (8, 8, 256)}
 TOKENS, VOCABULARY, EPSILON, EXACT = 24, 787, 1e-5, 8  # the vocabulary of the organisms
+PEERS_AT = Path(__file__).parent.parent / "build" / "peers" / "transformer_lens"
 PEERS = (
     "transformer-lens",
     "jaxtyping",
@@ -204,11 +206,25 @@ def measure(name, prompts):
         theirs, seconds = lens(layers, heads, width, rows)
         figures |= {"transformer_lens_s": seconds, "transformer_lens_over_ours": seconds / ours_s}
         figures["transformer_lens_max_abs_diff"] = float(np.abs(theirs - loop).max())
-    except Exception as problem:
-        figures["transformer_lens"] = (
-            f"not measured: {type(problem).__name__}: {str(problem).splitlines()[0][:100] if str(problem) else ''}"
-        )
+    except (
+        Exception
+    ) as problem:  # absent, or too old or new for this transformers: the figure is left out, and why is said
+        print(f"{name}: no transformer_lens: {type(problem).__name__}: {str(problem)[:200]}", file=sys.stderr)
     return figures
+
+
+def together(found):
+    """Flat figures: the worse of the sizes under the plain name, then each size's own."""
+    out = {}
+    for key in ("naive_over_ours", "transformer_lens_over_ours", "naive_over_prescreened", "max_abs_diff",
+                "fraction_of_arithmetic_limit", "same_top_5", "same_top_5_prescreened"):  # fmt: skip
+        worse = max if key == "max_abs_diff" else min
+        values = [figures[key] for figures in found.values() if key in figures]
+        if values:
+            out[key] = worse(values)
+    for name, figures in found.items():
+        out |= {f"{key}, {name}": value for key, value in figures.items()}
+    return {key: int(value) if isinstance(value, bool) else float(f"{value:.4g}") for key, value in out.items()}
 
 
 def main():
@@ -216,35 +232,20 @@ def main():
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=list(SIZES))
-    parser.add_argument("--peers", help="a folder that --install-peers filled")
-    parser.add_argument(
-        "--install-peers", help="put TransformerLens into this folder, apart from this environment's packages"
-    )
+    parser.add_argument("--install-peers", action="store_true", help=f"put TransformerLens into {PEERS_AT} first")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    peers = args.peers or args.install_peers
-    if args.install_peers:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            args.install_peers,
-            *PEERS,
-        ]
+    if args.install_peers:  # apart from this environment's packages, and without what it would replace there
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PEERS_AT), *PEERS]
         subprocess.run(command, check=False)
-    if peers:
-        sys.path.append(peers)
-    found = {name: measure(name, args.prompts) for name in SIZES if args.only in (None, name)}
+    if PEERS_AT.is_dir():
+        sys.path.append(str(PEERS_AT))
+    figures = together({name: measure(name, args.prompts) for name in SIZES if args.only in (None, name)})
     if args.json:
-        print(json.dumps({"figures": found}))
+        print(json.dumps({"figures": figures}))
         return
-    for name, figures in found.items():
-        for key, value in figures.items():
-            print(f"| {name} | {key} | {value if isinstance(value, bool | str) else f'{value:.3g}'} |")
+    for key, value in figures.items():
+        print(f"| {key} | {value} |")
 
 
 if __name__ == "__main__":
