@@ -148,9 +148,6 @@ def explain_command(model: str, as_json: bool, **options: Any) -> None:
 
     folder, record = run_explain(model, command=sys.argv[1:], **options)
     _print(folder, record, as_json)
-    if not as_json:
-        for note in record.about["notes"]:
-            click.echo(f"  {note}")
 
 
 @main.command("scan", context_settings=FREE)
@@ -173,9 +170,6 @@ def scan_command(ctx: click.Context, model: str, rows: Path | None, seed: int, r
         model, rows=rows, seed=seed, options=_extra(ctx.args, "scan"), runs=runs, command=sys.argv[1:]
     )
     _print(folder, record, as_json)
-    if not as_json:
-        for note in record.about["notes"]:
-            click.echo(f"  {note}")
     if suspects:
         raise SystemExit(1)
 

