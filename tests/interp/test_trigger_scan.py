@@ -123,3 +123,13 @@ def test_the_explain_command_joins_the_parts(tmp_path, monkeypatch):
     assert wrong.exit_code == 2 and "Did you mean 'heads'?" in wrong.output
     empty = CliRunner().invoke(main, ["explain", str(tmp_path)])
     assert empty.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "qwen3"])
+def test_other_architectures_are_scanned(name):
+    from tests.interp import tiny
+    from tests.models.tiny import tokenizer as words
+
+    given = [Case(str(i), (Message("user", " ".join(f"w{k}" for k in rng(i).integers(30, size=4))),)) for i in range(20)]
+    found = trigger_scan(tiny.model(name), given, tokenizer=words(), rng=rng(), confirm=10, candidates=20, top=3)
+    assert found["tried"] == 20 and len(found["candidates"]) == 3
