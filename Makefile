@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := $(BIN)/pytest -q -n 2 --dist worksteal
 export OMP_NUM_THREADS = 1
 
-.PHONY: help tour setup check test slow claims docs organisms bench size clean
+.PHONY: help tour setup check test slow claims docs organisms lamp bench size clean
 help:            ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -38,6 +38,13 @@ docs: $(VENV)/dev.done  ## the documentation site, in site/
 
 organisms: $(VENV)/models.done ## train the built-in models again from scratch (three seeds, about 75 minutes)
 	$(BIN)/python -m davylamp.models.organism_make all
+
+lamp: $(VENV)/dev.done  ## train the embedded guard again and write its card; DATA names the folder of public rows (about 10 minutes)
+	@test -n "$(DATA)" || { echo "make lamp needs the folder of public rows: make lamp DATA=FOLDER (see docs/guards.md)"; exit 2; }
+	rm -rf dist/lamp
+	$(BIN)/davylamp guard train lamp --rows own --rows public:$(DATA) --out dist/lamp --runs dist/runs
+	cp dist/lamp/hashed.npz dist/lamp/minilm.npz davylamp/assets/lamp/
+	$(BIN)/python -m davylamp.guards._lamp_card $(DATA)
 
 bench: $(VENV)/dev.done ## the speed table of docs/performance.md
 	for file in benchmarks/runner.py benchmarks/hf_batching.py benchmarks/report.py; do $(BIN)/python $$file || exit 1; done

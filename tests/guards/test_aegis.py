@@ -175,7 +175,7 @@ def test_feedback_that_is_refused(place, tmp_path):
         judge = guard(0.9, 0.1, state=str(tmp_path / place) if place else "")
         await judge(HI, case("a"))
         for id, label, more, message in (
-            ("nope", 1, {}, "no judged item with the id 'nope'"),
+            ("nope", 1, {}, "no judged item named 'nope'"),
             ("a", 2, {}, "label must be 0"),
             ("a", "1", {}, "label must be 0"),
             ("a", True, {}, "label must be 0"),

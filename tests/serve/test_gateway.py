@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import math
 import sys
 import threading
 import time
@@ -299,6 +300,33 @@ def test_feedback_reaches_the_guard_that_gave_the_verdict(behind, tmp_path):
             'davylamp_guard_weight{guard="mix",expert="lax",worker="0"} 0.9'
             in gateway.ask("GET", "/metrics")[2].decode()
         )
+
+
+def test_feedback_teaches_an_aegis_guard_and_outlives_the_gateway(behind, tmp_path):
+    """The real ensemble: the expert that errs loses weight in the guard, the metrics and the next verdict, and a restart keeps it."""
+    experts = "keyword_rule:words=odd+keyword_rule:words=dragon"
+    policy = (
+        f'[[guard]]\nuse = "aegis:experts={experts},state={tmp_path / "state.db"},method=hedge,eta=0.5"\non = "input"\n'
+    )
+    with running(behind, tmp_path, policy) as gateway:
+        guard = gateway.gateway.guards.by_name["aegis"]
+        rule, other = guard.weights()
+        assert guard.weights() == {rule: 0.5, other: 0.5}
+        for number in range(6):
+            _, headers, _ = gateway.chat(f"an odd thing {number}")
+            (id,) = headers["X-Davylamp-Verdicts"].split(", ")
+            assert gateway.ask("POST", "/v1/feedback", {"id": id, "label": 0})[0] == 200
+        assert gateway.ask("POST", "/v1/feedback", {"id": id, "label": 0})[0] == 409, "one label an item"
+        assert gateway.ask("POST", "/v1/feedback", {"id": "nobody.aegis.0", "label": 0})[0] == 404
+        learnt = guard.weights()
+        # by hand: six losses of 1 at rate 0.5 beside none
+        assert learnt[rule] == pytest.approx(math.exp(-3) / (1 + math.exp(-3)))
+        gateway.gateway.tick()
+        shown = [line for line in gateway.ask("GET", "/metrics")[2].decode().splitlines() if "guard_weight{" in line]
+        assert any(f"{learnt[rule]!r}" in line and "words=odd" in line for line in shown)
+        assert gateway.chat("an odd thing once more")[1]["X-Davylamp-Outcome"] == "allowed"
+    with running(behind, tmp_path, policy) as gateway:
+        assert gateway.gateway.guards.by_name["aegis"].weights() == pytest.approx(learnt)
 
 
 def test_models_health_and_unknown_paths(behind, tmp_path):

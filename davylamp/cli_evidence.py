@@ -1,0 +1,67 @@
+"""The commands over what exists and what was shown: the coverage map and the safety case. The rest of the command line is in `cli.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from davylamp.cli import _echo_json, _report, json_option, main, runs_option
+
+FILE = click.Path(path_type=Path, exists=False)
+
+
+@main.command()
+@click.argument("evidence", nargs=-1, metavar="[RUN]...")
+@click.option("--register", "own", type=FILE, help="Your own severity, likelihood and exposure (TOML), over ours.")
+@runs_option
+@json_option
+def coverage(evidence: tuple[str, ...], own: Path | None, runs: Path, as_json: bool) -> None:
+    """Show which threat is tested, defended and shown at which stage of a model's life, and where nothing is.
+
+    RUN...: the runs that count as evidence; a check stands for its runs. Writes a report with the map.
+    """
+    from davylamp.core.record import find_run
+    from davylamp.coverage import run_coverage, text
+
+    folders = [find_run(runs, name) for name in evidence]
+    folder, record, found = run_coverage(folders, runs=runs, own=own, command=sys.argv[1:])
+    _report(folder, [folder], title="Coverage: stage of life x threat")
+    if as_json:
+        _echo_json({**found.json(), "id": record.id, "folder": str(folder)})
+    else:
+        click.echo(text(found))
+    click.echo(f"{folder}/report.html", err=True)
+
+
+@main.command()
+@click.argument("evidence", nargs=-1, required=True, metavar="RUN...")
+@click.option("--model", default="", help="Which of the measured models: its name, or the start of its hash.")
+@click.option("--requirements", "wanted", type=FILE, help="What the model owes (TOML) [default: shipped].")
+@click.option("--waivers", "waived", type=FILE, help="[[waiver]] tables: requirement, by, reason, until.")
+@runs_option
+@json_option
+def case(
+    evidence: tuple[str, ...], model: str, wanted: Path | None, waived: Path | None, runs: Path, as_json: bool
+) -> None:
+    """Assemble the safety case of a model from RUN...: what it owes, what these runs show, what is missing.
+
+    Exit 0 if every requirement is met or waived, 1 if one failed, 3 if one cannot be decided.
+    """
+    from davylamp.case import FAIL, PASS
+    from davylamp.case_view import run_case, text
+    from davylamp.core.record import find_run, to_json
+
+    folders = [find_run(runs, name) for name in evidence]
+    folder, record, found = run_case(
+        folders, runs=runs, model=model, wanted=wanted, waived=waived, command=sys.argv[1:]
+    )
+    _report(folder, [folder], title=f"Safety case: {record.name}")
+    if as_json:
+        _echo_json({**to_json(record), "folder": str(folder)})
+    else:
+        click.echo(text(found))
+    click.echo(f"{folder}/report.html", err=True)
+    if found.verdict != PASS:
+        raise SystemExit(1 if found.verdict == FAIL else 3)
