@@ -186,9 +186,8 @@ def measure(name, prompts):
     times = 3 if layers < 8 else 1
     ours, ours_s = timed(score_heads, model, rows, generalized=False, times=times)
     quick, quick_s = timed(prescreened, model, rows, times=times)
-    looped = rows[
-        : 100 if layers < 8 else 25
-    ]  # one prompt after another: its time is that of each, and a large model takes minutes
+    # One prompt after another takes the time of each, and of a large model minutes.
+    looped = rows[: 100 if layers < 8 else 25]
     loop, loop_s = timed(naive, model, looped, 1)
     loop_s *= len(rows) / len(looped)
     top = ranked(ours.mean())[:5]
@@ -209,9 +208,7 @@ def measure(name, prompts):
         theirs, seconds = lens(layers, heads, width, rows)
         figures |= {"transformer_lens_s": seconds, "transformer_lens_over_ours": seconds / ours_s}
         figures["transformer_lens_max_abs_diff"] = float(np.abs(theirs - ours.ships).max())
-    except (
-        Exception
-    ) as problem:  # absent, or too old or new for this transformers: the figure is left out, and why is said
+    except Exception as problem:  # absent, or of another transformers: the figure is left out
         print(f"{name}: no transformer_lens: {type(problem).__name__}: {str(problem)[:200]}", file=sys.stderr)
     return figures
 
