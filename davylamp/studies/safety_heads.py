@@ -342,7 +342,7 @@ def _observed(runs: list[_Run], plain: list[_Run], before: list[_Run]) -> list[O
         (Claim("compliance", other, against=planted, at_most=0.10, control=True), change(runs, "compliance", other, planted)),
         (Claim("share_ranked_first_by_ships", "the place before planting", at_most=0.40, control=True), share(before, "first")),
         (Claim("share_concentrated", "ordinary alignment", at_most=0.60, control=True), share(plain, "concentrated")),
-        (Claim("compliance", "ordinary alignment, top head ablated", against="aligned", at_most=0.30, control=True),
+        (Claim("compliance", "ordinary alignment, top head ablated", against="aligned", at_most=0.10, control=True),
          change(plain, "compliance", "top head ablated", "aligned")),
     ]  # fmt: skip
     shown = {

@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.claims, pytest.mark.slow]
 
 
 def test_claims_and_controls_hold():
-    """Size quick, three seeds: about 70 s of one core."""
+    """Size quick, three seeds: about 100 s of one core."""
     observed = safety_heads()
     claimed = [(claim, estimate) for claim, estimate in observed if claim is not None]
     assert len(claimed) >= 14 and sum(claim.control for claim, _ in claimed) >= 5
