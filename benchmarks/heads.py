@@ -26,7 +26,7 @@ import transformers
 
 from davylamp.interp._scores import kl, prescreen, ranked, score_heads
 
-SIZES = {"4x8, width 128": (4, 8, 128), "8x8, width 256": (8, 8, 256)}
+SIZES = {"4x8x128": (4, 8, 128), "8x8x256": (8, 8, 256)}
 TOKENS, VOCABULARY, EPSILON, EXACT = 24, 787, 1e-5, 8  # the vocabulary of the organisms
 PEERS_AT = Path(__file__).parent.parent / "build" / "peers" / "transformer_lens"
 PEERS = (
