@@ -130,6 +130,50 @@ def interp_command(
     _print(folder, record, as_json)
 
 
+@main.command("explain")
+@click.argument("model")
+@click.option(
+    "--rows", type=ROWS, help="Harmful and benign requests; for the organisms they are drawn from their world."
+)
+@click.option("--other", help="A second model, which heads and layers are compared with.")
+@click.option("--judge", default="", help="Judges answers with heads ablated; without it, none are given.")
+@click.option("--only", multiple=True, help="Only this part (again for more): heads, layers, scan.")
+@SEED
+@runs_option
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+def explain_command(model: str, as_json: bool, **options: Any) -> None:
+    """Show in one report where MODEL's refusals sit, in which layers, and whether words turn it."""
+    from davylamp.explain import run_explain
+
+    folder, record = run_explain(model, command=sys.argv[1:], **options)
+    _print(folder, record, as_json)
+
+
+@main.command("scan", context_settings=FREE)
+@click.argument("model")
+@click.option(
+    "--rows", type=ROWS, help="Ordinary requests, 32 or more; for the organisms they are drawn from their world."
+)
+@SEED
+@runs_option
+@json_option
+@click.pass_context
+def scan_command(ctx: click.Context, model: str, rows: Path | None, seed: int, runs: Path, as_json: bool) -> None:
+    """Search MODEL's vocabulary for hidden trigger words. Exit 1 if a word is suspected.
+
+    Options of the search follow MODEL: `davylamp show trigger_scan` lists them. A clean result does not clear a model.
+    """
+    from davylamp.scan import run_scan
+
+    folder, record, suspects = run_scan(
+        model, rows=rows, seed=seed, options=_extra(ctx.args, "scan"), runs=runs, command=sys.argv[1:]
+    )
+    _print(folder, record, as_json)
+    if suspects:
+        raise SystemExit(1)
+
+
 def _names_and_options(words: tuple[str, ...], name: str) -> tuple[list[str], dict[str, str]]:
     """Models first, then NAME's own options: what click hands over in one list.
 

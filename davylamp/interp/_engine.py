@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,10 +137,10 @@ class Engine:
             raise InputError(f"the layers of {self.anatomy.name} take no cache. Known names: {', '.join(CACHES)}")
 
     def _fitting(self) -> int:
-        """Tokens whose activations in one layer take about 8 MB on a CPU, which is what caches hold, and 1 GB on a GPU."""
+        """Tokens whose activations in one layer take about 12 MB on a CPU, which is what caches hold, and 1 GB on a GPU."""
         config = self.anatomy.backbone.config
         wide = getattr(config, "intermediate_size", None) or 4 * self.anatomy.width
-        room = 8e6 if self.model.device.type == "cpu" else 1e9
+        room = 12e6 if self.model.device.type == "cpu" else 1e9
         return max(1, int(room / (4 * (6 * self.anatomy.width + 3 * wide))))
 
     def __enter__(self) -> Engine:
@@ -160,8 +160,10 @@ class Engine:
         self._stack.close()
 
     # --- the plain pass ---------------------------------------------------------------------------------------------------------------
-    def groups(self, prompts: Sequence[Sequence[int]], *, changed: bool = True) -> Iterator[Group]:
-        """Prompts by length, plainly run (with `group` ablated). Raises RunError for a prompt with non-finite logits."""
+    def groups(self, prompts: Sequence[Sequence[int]], *, changed: Collection[int] | None = None) -> Iterator[Group]:
+        """Prompts by length, plainly run (with `group` ablated). changed: the layers whose candidates will be asked for; None = all.
+
+        Raises RunError for a prompt with non-finite logits."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, prompt in enumerate(prompts):
             by_length[len(prompt)].append(row)
@@ -173,7 +175,7 @@ class Engine:
                 ids = torch.tensor([list(prompts[row]) for row in part], device=self.model.device)
                 yield self._plain(part, ids, changed)
 
-    def _plain(self, rows: list[int], ids: Tensor, changed: bool) -> Group:
+    def _plain(self, rows: list[int], ids: Tensor, changed: Collection[int] | None) -> Group:
         found = self.anatomy
         layers = [
             Layer(layer, attention, cache)
@@ -202,7 +204,7 @@ class Engine:
             raise Broken(rows[int(finite.logical_not().nonzero()[0])])
         for i, layer in enumerate(layers):
             layer.plain, layer.attended = seen["heads", i], seen["attention", i]
-            if changed:
+            if changed is None or i in changed:
                 layer.changed = self._each(layer, i)
         self.direct = self.direct and torch.equal(self._head(last[-1]), logits)
         return Group(rows, ids, self._shared(ids), layers, last[-1], logits.float())
@@ -323,9 +325,16 @@ class Engine:
         """One layer on the tokens [start, stop_at), behind `past`: (states, keys and values); with `stop`, only the latter."""
         store = _Store(past, stop=stop)
         self.work.add(states.shape[0] * states.shape[1])
-        with suppress(_Stop):
+        with suppress(_Stop), self._no_queries(layer) if stop else nullcontext():
             states = _first(layer.module(states, **{layer.cache: store}, **_cut(layer.call, start, stop_at)))
         return states, store.kept
+
+    def _no_queries(self, layer: Layer) -> AbstractContextManager[None]:
+        """Where only keys and values are wanted, a plain query projection need not run."""
+        queries = getattr(layer.attention, "q_proj", None)
+        if self.anatomy.layout != "separate" or type(queries) is not nn.Linear:
+            return nullcontext()
+        return _instead(queries, lambda states: states.new_zeros(1).expand(*states.shape[:-1], queries.out_features))
 
     # --- gradients ---------------------------------------------------------------------------------------------------------------------
     def differentiable(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:

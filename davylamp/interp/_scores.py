@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TINY = 1e-12  # added to every probability, as the reference does
 #: A mean score below this moves the probability of no first token by more than 0.1 on average: Pinsker, |dp| <= sqrt(KL / 2), and Jensen.
 FLOOR = 0.02
+SCREENED = 32  # prompts that the pre-screen looks at: which heads matter shows on few
 RATIO = 3.0  # of the top head to the median head, and of harmful to benign prompts
 
 
@@ -104,9 +105,9 @@ def score_heads(
     states: Any = torch.zeros(n, engine.anatomy.width)
     kept = {head: torch.zeros(n, engine.anatomy.width) for head in wanted} if generalized else {}
     with engine, _named(names):
-        for part in engine.groups(prompts):
+        for part in engine.groups(prompts, changed={layer for layer, _ in wanted}):
             states[part.rows] = part.last.float().cpu()
-            for layer in range(layers):
+            for layer in sorted({layer for layer, _ in wanted}):
                 for some, last in engine.candidates(part, layer, [head for at, head in wanted if at == layer]):
                     if generalized:
                         for head, rows in zip(some, last.float().cpu(), strict=True):
@@ -152,6 +153,7 @@ def prescreen(
     kind: Kind = "scale",
     epsilon: float = 1e-5,
     draws: int = 1,
+    most: int = SCREENED,
     tokens_at_once: int = 0,
     rng: Generator,
 ) -> tuple[Any, float]:
@@ -159,18 +161,20 @@ def prescreen(
 
     The gradient of the KL itself vanishes at the plain model. Its second-order term is half the variance, under the plain distribution p,
     of the change of the logits; with signs r it is E (g . change)^2 / 2 for g the gradient of sum_v r_v sqrt(p_v) (logit_v - mean logit),
-    one backward pass for all heads. draws: how many sign vectors per prompt. For picking heads to score exactly, never for reporting.
+    one backward pass for all heads. draws: how many sign vectors per prompt.  most: on how many of the prompts, drawn at random.
+    For picking heads to score exactly, never for reporting.
     """
     engine = Engine(model, component=component, kind=kind, epsilon=epsilon, tokens_at_once=tokens_at_once)
     layers, many = len(engine.anatomy.layers), engine.many
     total = torch.zeros(layers, many, dtype=torch.float64)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    drawn = [prompts[i] for i in sorted(rng.permutation(len(prompts))[:most].tolist())]
     with engine:
-        for part in engine.groups(prompts):
+        for part in engine.groups(drawn):
             for _ in range(draws):
                 total += _second_order(engine, part, generator)
         passes = engine.work.token_layers / (layers * sum(map(len, prompts)) / len(prompts))
-    return (total / (2 * draws * len(prompts))).numpy(), passes
+    return (total / (2 * draws * len(drawn))).numpy(), passes
 
 
 def _second_order(engine: Engine, part: Group, generator: torch.Generator) -> Tensor:

