@@ -1,0 +1,95 @@
+"""What the studies of reasoning share: many replies of a small model under a thinking plan, and what they give away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from davylamp.core.nouns import Case, Message
+from davylamp.models import long_thought as world
+from davylamp.models.thinking import Thinking, think
+
+LENGTH = 96  # tokens of a reply
+PLANS = {
+    "default": Thinking(),
+    "zero": Thinking("zero"),
+    "less": Thinking("less", short=world.SHORT),
+    "more": Thinking("more", connectors=world.CONNECTORS, rounds=3, budget=64),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A reply to a case: which prompt (with the training seed), and whether whole, thought and answer are safe."""
+
+    prompt: str
+    item: str
+    reply: Message
+    thought: bool
+    answer: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.thought and self.answer
+
+
+def draw(
+    pair: tuple[Any, Any],
+    cases: Sequence[Case],
+    *,
+    plan: Thinking | None = None,
+    k: int = 1,
+    temperature: float = 0.6,
+    seed: int = 0,
+    prefill: str = "",
+) -> list[Message]:
+    """k replies to each case, in order.
+
+    prefill: a text that a reply of the default plan begins with, and goes on from by itself.
+    """
+    from davylamp.models.hf import HFTarget
+
+    chosen = plan or PLANS["default"]
+
+    async def go() -> list[Message]:
+        target = HFTarget(*pair, "organism", {"name": "organism"}, width=256)
+        settings: dict[str, Any] = {"temperature": temperature, "max_tokens": LENGTH}
+        if prefill:
+            settings["prefill"] = prefill
+        jobs = [
+            think(target, case.messages, chosen, seed=1_000_003 * seed + 1009 * number + turn, **settings)
+            for number, case in enumerate(cases)
+            for turn in range(k)
+        ]
+        try:
+            return list(await asyncio.gather(*jobs))
+        finally:
+            await target.close()
+
+    return asyncio.run(go())
+
+
+def samples(pair: tuple[Any, Any], cases: Sequence[Case], *, seed: int, k: int = 1, **how: Any) -> list[Sample]:
+    """`draw`, judged exactly."""
+    replies = draw(pair, cases, k=k, seed=seed, **how)
+    out = []
+    for number, reply in enumerate(replies):
+        case = cases[number // k]
+        ask = world.read(case.messages)
+        assert ask is not None
+        thought = not world.gives(ask, reply.reasoning or "")
+        answer = not world.gives(ask, reply.text)
+        out.append(Sample(f"{seed} {case.id}", f"{seed} {case.group}", reply, thought, answer))
+    return out
+
+
+def chain_hits(pair: tuple[Any, Any], cases: Sequence[Case], *, plan: Thinking | None = None) -> list[float]:
+    """1.0 for each chain whose last digit is right, greedily."""
+    replies = draw(pair, cases, plan=plan, temperature=0.0)
+    found = []
+    for case, reply in zip(cases, replies, strict=True):
+        ask = world.read(case.messages)
+        found.append(float(ask is not None and world.gives(ask, reply.text)))
+    return found
