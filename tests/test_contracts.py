@@ -15,7 +15,13 @@ from davylamp.core.taxonomy import names, node
 
 ALL = builtin()
 MEASURES = {"complied", "refused", "unsafe", "correct"}
-NEED_DATA = {"simple_safety_tests", "safechain"}  # its rows are the user's; tests/suites checks it with a stand-in
+NEED_DATA = {
+    "simple_safety_tests",
+    "safechain",
+    "labsafety_mcq",
+    "labsafety_hazards",
+    "labsafety_consequences",
+}  # its rows are the user's; tests/suites checks it with a stand-in
 HOSTILE = (
     "",
     " ",

@@ -333,7 +333,7 @@ def load(member: str, seed: int = 0) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(place)
 
 
-def make(member: str, seed: int, *, steps: int = 600, batch: int = 64, lr: float = 4e-3) -> Path:
+def make(member: str, seed: int, *, steps: int = 500, batch: int = 64, lr: float = 4e-3) -> Path:
     """Train a student from scratch, or another member from the student of its seed (a quarter of the steps and of the rate), and write its
     folder. Under a minute on one core."""
     import numpy as np
