@@ -1,7 +1,9 @@
 """LabSafety Bench: multiple choice (text and pictures), hazards of a laboratory scenario, and the consequence of a decision in it.
 Source: arXiv:2410.14182, sections 3 and 4, in the version of 404 scenarios. Differs: greedy; a reply without a readable letter or a
 point without a verdict is unscored, not wrong. The rows are the user's copy or come from their public home; none is shipped,
-demonstrations and texts are ours."""
+demonstrations and texts are ours.
+
+Longer than 400 lines because three suites read one set of rows, in its public form and in that of its training files."""
 
 from __future__ import annotations
 
@@ -126,8 +128,8 @@ def labsafety_hazards(*, rows: str = "", points: int = 0, skip_empty: bool = Fal
     """Hazards of a scenario: four questions on each of 404 scenarios, `coverage` = the share of the expected points that the answer makes.
 
     rows: a .jsonl file with the columns of the public set (Scenario, LabSafety_Related_Issues, Subject, Topic) or of its training files
-    (scenario, aspect, answer_points); empty: fetched from the public home.  points: how many different points the answer must list (3 and 10 as
-    published); 0 = as many as it likes.  skip_empty: leave questions without expected points out, and say how many; without it an error.
+    (scenario, aspect, answer_points); empty: fetched from the public home.  points: how many different points the answer must list (3 and
+    10 as published); 0 = as many as it likes.  skip_empty: leave questions without expected points out, and say how many; without it an error.
     """
     if points < 0:
         raise InputError(f"points must be 0 (any number) or more, got {points}")

@@ -267,7 +267,7 @@ def test_the_public_home(monkeypatch):
 def test_public_rows(public_rows):
     folder = public_rows / "labsafety"
     loaded = load_suite("labsafety_mcq", {"rows": str(folder / "mcq.jsonl"), "partial": "true"})
-    assert loaded.total > 100 and set(case.answer for case in loaded.suite.cases) == set("ABCD")
+    assert loaded.total > 100 and {case.answer for case in loaded.suite.cases} == set("ABCD")
     assert load_suite("labsafety_hazards", {"rows": str(folder / "scenario_hazards.jsonl")}).total > 380
     assert load_suite("labsafety_consequences", {"rows": str(folder / "decision_consequence.jsonl")}).total > 380
 
