@@ -129,7 +129,8 @@ def labsafety_hazards(*, rows: str = "", points: int = 0, skip_empty: bool = Fal
 
     rows: a .jsonl file with the columns of the public set (Scenario, LabSafety_Related_Issues, Subject, Topic) or of its training files
     (scenario, aspect, answer_points); empty: fetched from the public home.  points: how many different points the answer must list (3 and
-    10 as published); 0 = as many as it likes.  skip_empty: leave questions without expected points out, and say how many; without it an error.
+    10 as published); 0 = as many as it likes.  skip_empty: leave questions without expected points out, and say how many; without it an
+    error.
     """
     if points < 0:
         raise InputError(f"points must be 0 (any number) or more, got {points}")
