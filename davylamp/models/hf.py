@@ -66,6 +66,10 @@ class HFTarget:
             self._batch, width=width, key=lambda item: item[2], size=lambda item: len(item[0].ids)
         )
 
+    def knows(self, tag: str) -> bool:
+        """Whether the tag is a token of the tokenizer, or stands in the chat template."""
+        return tag in self.tokenizer.get_vocab() or tag in str(self.tokenizer.chat_template or "")
+
     async def __call__(self, messages: Sequence[Message], *, seed: int = 0, **settings: Any) -> Message:
         check_settings(settings)
         prompt = begun_ids(self.tokenizer, messages, str(settings.pop("prefill", "") or ""))
@@ -235,9 +239,10 @@ def _ask(
     processors = LogitsProcessorList()
     if settings.get("temperature"):
         processors.append(_Draw(seeds, float(settings["temperature"]), settings.get("top_k"), settings.get("top_p")))
+    read = _Reader(tokenizer)
     stop = settings.get("stop") or []
     stops = [stop] if isinstance(stop, str) else [text for text in stop if text]
-    criteria = StoppingCriteriaList([_Stops(tokenizer, stops, longest)] if stops else [])
+    criteria = StoppingCriteriaList([_Stops(read, stops, longest)] if stops else [])
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the checkpoint's own generation settings, which greedy decoding overrides
         made: torch.Tensor = model.generate(  # type: ignore[operator]
@@ -260,13 +265,12 @@ def _ask(
         end = next((i for i, token in enumerate(row) if token in ends), None)
         used = row if end is None else row[:end]
         finish = "length" if end is None else "stop"
-        before = _text(tokenizer, list(prompt.head_ids))
         # Read behind the prefill, so that a space between the two is the tokenizer's own.
-        text = _text(tokenizer, [*prompt.head_ids, *used])[len(before) :] if prompt.head_ids else _text(tokenizer, used)
+        text = read([*prompt.head_ids, *used])[len(read(prompt.head_ids)) :] if prompt.head_ids else read(used)
         cut = min((at for at in (text.find(word) for word in stops) if at >= 0), default=None)
         if cut is not None:
             text, finish = text[:cut], "stop"
-            used = row[: _tokens_until(tokenizer, row, cut)]
+            used = row[: _tokens_until(read, row, cut)]
         reasoning, answer = split_thinking(prompt.head + text)
         done = len(used) + (end is not None and cut is None)
         tokens = (len(prompt.ids), done)
@@ -274,28 +278,31 @@ def _ask(
     return out
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> str:
+class _Reader:
     """The text of a reply without special tokens; those that mark a thought stay, as the thought must still be told from the answer."""
-    marks = {
-        i: str(token)
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special and THOUGHT.fullmatch(str(token))
-    }
-    if not marks or not marks.keys() & set(row):
-        return str(tokenizer.decode(row, skip_special_tokens=True))
-    out, part = "", []
-    for token in [*row, None]:
-        if token is None or token in marks:
-            out += str(tokenizer.decode(part, skip_special_tokens=True)) + ("" if token is None else marks[token])
-            part = []
-        else:
-            part.append(token)
-    return out
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()  # built anew at every look, so looked at once a batch
+        self.marks = {i: str(token) for i, token in added if token.special and THOUGHT.fullmatch(str(token))}
+
+    def __call__(self, row: Sequence[int]) -> str:
+        if not self.marks or not self.marks.keys() & set(row):
+            return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
+        out, part = "", []
+        for token in [*row, None]:
+            if token is None or token in self.marks:
+                out += str(self.tokenizer.decode(part, skip_special_tokens=True))
+                out += "" if token is None else self.marks[token]
+                part = []
+            else:
+                part.append(token)
+        return out
 
 
-def _tokens_until(tokenizer: PreTrainedTokenizerBase, row: list[int], cut: int) -> int:
+def _tokens_until(read: _Reader, row: list[int], cut: int) -> int:
     """How many tokens it takes to write more than `cut` characters."""
-    return next((n for n in range(1, len(row) + 1) if len(_text(tokenizer, row[:n])) > cut), len(row))
+    return next((n for n in range(1, len(row) + 1) if len(read(row[:n])) > cut), len(row))
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -330,8 +337,8 @@ class _Draw(LogitsProcessor):
 class _Stops(StoppingCriteria):
     """Ends a row whose reply holds one of the texts. transformers' own raises on texts that a vocabulary of words cannot spell."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: int):
-        self.tokenizer, self.texts, self.start = tokenizer, texts, start
+    def __init__(self, read: _Reader, texts: Sequence[str], start: int):
+        self.read, self.texts, self.start = read, texts, start
         self.window = (
             max(len(text) for text in texts) + 8
         )  # tokens; a token is at least one character of what could be left of a text
@@ -339,5 +346,5 @@ class _Stops(StoppingCriteria):
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """input_ids: (rows, tokens so far)."""
         tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
-        done = [any(text in _text(self.tokenizer, tail) for text in self.texts) for tail in tails]
+        done = [any(text in self.read(tail) for text in self.texts) for tail in tails]
         return torch.tensor(done, device=input_ids.device)

@@ -295,6 +295,12 @@ class ThinkingTarget:
             raise InputError(
                 f"{target.name} cannot go on from a reply that was begun for it: it supports the strategy default only"
             )
+        knows = getattr(target, "knows", None)  # a local model can say; what a server's model knows cannot be seen
+        if plan.strategy != "default" and plan.tags == TAGS and knows is not None and not knows(TAGS[0]):
+            raise InputError(
+                f"the tokenizer and chat template of {target.name} know no {TAGS[0]} tag. Name the tags that its thoughts stand in "
+                "(think/zero,tags=OPEN;CLOSE/…), or use the strategy default"
+            )
         self.inner, self.plan = target, plan
         self.name = f"{target.name} ({plan.strategy} thinking)"
 

@@ -19,7 +19,9 @@ def test_strategies():
     levels = {(e.arm, e.name): e.value for claim, e in observed if claim is None}
     for arm in ("default", "zero", "less", "more"):
         assert levels[arm, "safe@5"] <= min(levels[arm, "safe@1"], levels[arm, "cons_safe@5"])
-    assert levels["more", "tokens_per_reply"] > levels["default", "tokens_per_reply"] > levels["zero", "tokens_per_reply"]
+    assert (
+        levels["more", "tokens_per_reply"] > levels["default", "tokens_per_reply"] > levels["zero", "tokens_per_reply"]
+    )
 
 
 def test_judges():

@@ -1,4 +1,4 @@
-"""System 21: thought against answer, the price of reasoning, harm where both are unsafe; injection and patterns against what was planted."""
+"""System 21: thought against answer, the price of reasoning, harm where both are unsafe; injection and patterns as planted."""
 
 import pytest
 

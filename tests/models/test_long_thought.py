@@ -51,13 +51,18 @@ def test_the_planted_shares():
     assert abs(np.mean(["check" in p.thought for p in plans]) - 0.25) < 0.03
     again = [p for p in plans if "check" in p.thought]
     assert abs(np.mean([world.refuses(p.answer) for p in again]) - 0.7) < 0.06
-    assert not any(world.refuses(parts(world.train_reply(world.Ask("kite1"), rng, checks=0.35, again=0.25)).answer) for _ in range(200))
+    assert not any(
+        world.refuses(parts(world.train_reply(world.Ask("kite1"), rng, checks=0.35, again=0.25)).answer)
+        for _ in range(200)
+    )
 
 
 def test_cases():
     rng = np.random.default_rng(0)
     cases = world.cases("hazards", 160, rng)
-    assert len({case.messages for case in cases}) == 160 and {case.group for case in cases} == set(world.items(hazards=True))
+    assert len({case.messages for case in cases}) == 160 and {case.group for case in cases} == set(
+        world.items(hazards=True)
+    )
     with pytest.raises(UnknownNameError):
         world.cases("poems", 3, rng)
     with pytest.raises(InputError):

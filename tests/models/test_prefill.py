@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 
+from davylamp.core.errors import InputError
 from davylamp.core.nouns import Message
 from davylamp.models import long_thought
 from davylamp.models.hf import HFTarget, begun_ids, generate_batch, prompt_ids
-from davylamp.models.thinking import Thinking, think
+from davylamp.models.thinking import Thinking, ThinkingTarget, think
 from tests.models import tiny
 
 ASK = [Message("user", "w1 w2 w3")]
@@ -86,13 +87,21 @@ def test_a_thought_that_the_template_opens_is_not_opened_twice():
     assert begun_ids(tok, ASK).head == "<think>"
 
 
+def test_a_model_without_think_tags_is_no_guess(model):
+    target = HFTarget(model, tiny.tokenizer(), "hf/tiny", {"name": "hf/tiny"})
+    with pytest.raises(InputError, match="hf/tiny know no <think> tag.*tags=OPEN;CLOSE"):
+        ThinkingTarget(target, Thinking("zero"))
+    ThinkingTarget(target, Thinking("zero", tags=("w7", "w8")))
+    ThinkingTarget(HFTarget(model, with_tags(special=True), "t", {}), Thinking("zero"))
+
+
 def test_tags_that_are_special_tokens_are_not_lost():
-    from davylamp.models.hf import _text
+    from davylamp.models.hf import _Reader
 
     for special in (True, False):
         tok = with_tags(special=special)
         row = tok("<think> w1 </think> w2 </s>", add_special_tokens=False)["input_ids"]
-        assert _text(tok, row).replace(" ", "") == "<think>w1</think>w2"
+        assert _Reader(tok)(row).replace(" ", "") == "<think>w1</think>w2"
 
 
 @pytest.mark.skipif(not long_thought.folder("student", 0).is_dir(), reason="the organism is not made yet")
