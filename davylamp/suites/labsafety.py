@@ -1,43 +1,37 @@
 """LabSafety Bench: multiple choice (text and pictures), hazards of a laboratory scenario, and the consequence of a decision in it.
 Source: arXiv:2410.14182, sections 3 and 4, in the version of 404 scenarios. Differs: greedy; a reply without a readable letter or a
 point without a verdict is unscored, not wrong. The rows are the user's copy or come from their public home; none is shipped,
-demonstrations and texts are ours.
-
-Longer than 400 lines because three suites read one set of rows, in its public form and in that of its training files."""
+demonstrations and texts are ours."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from davylamp.core import Case, InputError, Message, Metric, RunError, Suite, UnknownNameError, suite
-from davylamp.core.errors import NeedsError
-from davylamp.core.needs import need
+from davylamp.core import Case, InputError, Message, Metric, Suite, suite
 from davylamp.core.rows import read_objects
 from davylamp.core.taxonomy import taxonomy
+from davylamp.data.labsafety_rows import (
+    HOME,
+    LETTERS,
+    decisions_of,
+    hash_of,
+    public_rows,
+    question,
+    scenario_of,
+    subject_id,
+    text_of,
+)
 
 ASSETS = Path(__file__).parent.parent / "assets" / "labsafety"
-HOME = "yujunzhou/LabSafety_Bench"
-LETTERS = "ABCD"
-ASPECTS = (
-    "Most_Common_Hazards",
-    "Improper_Operation_Issues",
-    "Negative_Lab_Environment_Impacts",
-    "Most_Likely_Safety_Incidents",
-)
 SUBJECTS = {  # of a text question, from its labels
     "biology": ("biological_hazards",),
     "chemistry": ("chemical_hazards",),
     "physics": ("physical_hazards", "electricity_safety", "radiation_hazards"),
 }
-#: "A:" where an option may begin: at the start, behind a space, a comma, a mark, or a stray backslash.
-OPTION = re.compile(r"(?:^|(?<=[\s,.;?:\\]))([ABCD])\s*[:.)]\s*")
 NOTES = (
     "Chance is 25 %. The published accuracy counts a reply without a readable letter as wrong: that is the low end of `worst` here.",
     "An item counts in every category and subject it is labelled with.",
@@ -82,7 +76,7 @@ def labsafety_mcq(
     """
     if mode not in ("direct", "reasoned") or str(shots) not in ("0", "5"):
         raise InputError(f"mode must be direct or reasoned and shots 0 or 5, got {mode!r} and {shots!r}")
-    given = _rows(rows, "MCQ", ("sampled" if sampled else "") + ("QA_I" if images else "QA"))
+    given = public_rows(rows, "MCQ", ("sampled" if sampled else "") + ("QA_I" if images else "QA"))
     outline = _hints(hints)
     texts = _texts()
     items, skipped = [], []
@@ -135,8 +129,8 @@ def labsafety_hazards(*, rows: str = "", points: int = 0, skip_empty: bool = Fal
     if points < 0:
         raise InputError(f"points must be 0 (any number) or more, got {points}")
     texts, cases, empty = _texts(), [], 0
-    for where, row in _rows(rows, "scenario", "train"):
-        scenario, subject, expected = _scenario(row, where)
+    for where, row in public_rows(rows, "scenario", "train"):
+        scenario, subject, expected = scenario_of(row, where)
         for aspect, wanted in expected.items():
             if not wanted:
                 if not skip_empty:
@@ -147,10 +141,10 @@ def labsafety_hazards(*, rows: str = "", points: int = 0, skip_empty: bool = Fal
                 continue
             node = taxonomy("lab").find(aspect).id
             text = f"{scenario}\n\n{texts['aspects'][node]}" + (texts["points"].format(n=points) if points else "")
-            id_ = f"{_digest(scenario)}/{node}"
+            id_ = f"{hash_of(scenario)}/{node}"
             cases.append(
                 Case(
-                    id_, (Message("user", text),), f"lab/{node}", list(wanted), _digest(scenario), {"subject": subject}
+                    id_, (Message("user", text),), f"lab/{node}", list(wanted), hash_of(scenario), {"subject": subject}
                 )
             )
     if len({case.id for case in cases}) < len(cases):
@@ -174,21 +168,15 @@ def labsafety_consequences(*, rows: str = "") -> Suite:
     consequence); empty: fetched from the public home.
     """
     texts, cases = _texts(), []
-    for where, row in _rows(rows, "scenario", "train"):
-        if "decision" in row:
-            decisions = [{"Decision": row["decision"], "Consequence": row["consequence"]}]
-        else:
-            decisions = _plain(row.get("Decisions"), where, "Decisions")
-        scenario = _text(row, ("Scenario", "scenario"), where)
-        for number, pair in enumerate(decisions):
-            decision = _text(pair, ("Decision",), f"{where}, decision {number + 1}")
-            expected = _text(pair, ("Consequence",), f"{where}, decision {number + 1}")
+    for where, row in public_rows(rows, "scenario", "train"):
+        scenario = text_of(row, ("Scenario", "scenario"), where)
+        for decision, expected in decisions_of(row, where):
             text = texts["consequence"].format(scenario=scenario, decision=decision)
-            id_ = f"{_digest(scenario)}/{_digest(decision)}"
+            id_ = f"{hash_of(scenario)}/{hash_of(decision)}"
             subject = str(row.get("Subject") or "unknown")
-            category = f"lab/{_subject(subject, where)}" if subject != "unknown" else "labsafety/unknown"
+            category = f"lab/{subject_id(subject, where)}" if subject != "unknown" else "labsafety/unknown"
             cases.append(
-                Case(id_, (Message("user", text),), category, [expected], _digest(scenario), {"subject": subject})
+                Case(id_, (Message("user", text),), category, [expected], hash_of(scenario), {"subject": subject})
             )
     if len({case.id for case in cases}) < len(cases):
         raise InputError(f"{rows or HOME}: a decision stands there twice for one scenario")
@@ -204,71 +192,6 @@ def _open(name: str, cases: list[Case], notes: Iterable[str], rows: str) -> Suit
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------------------------
-def question(row: Mapping[str, Any], where: str, folder: Path | None, *, images: bool) -> dict[str, Any]:
-    """One question: id, stem, options, gold, labels (taxonomy ids), topic, level, picture (a data URL or None). No error quotes the
-    question.
-
-    >>> row = {"Question": "Which? A: x B: y C: z D: w", "Correct Answer": "B", "Category": ["chemical hazards"], "Level": "Easy"}
-    >>> item = question(row, "line 1", None, images=False)
-    >>> item["options"], item["gold"], item["labels"]
-    (['x', 'y', 'z', 'w'], 'B', ['chemical_hazards'])
-    """
-    reduced = "answer_analysis" in row
-    whole = _text(row, ("Question", "question"), where)
-    whole = re.sub(r"^\s*Question:\s*", "", whole)
-    whole = re.sub(r"\s*Step-by-Step analysis:\s*$", "", whole)
-    stem, options = split_options(whole, where)
-    if reduced:
-        said = re.search(
-            r"(?:answer is(?: option| choice)?|[Oo]ption|[Cc]hoice|[Aa]nswer)\W{0,3}([A-D])\b",
-            str(row["answer_analysis"])[:400],
-        )
-        gold, labels = said[1] if said else "", []
-        if not gold:
-            raise InputError(f"{where}: answer_analysis does not name the right letter")
-    else:
-        gold = str(row.get("Correct Answer", "")).strip()
-        if gold not in LETTERS or not gold:
-            raise InputError(f"{where}: Correct Answer must be one of A, B, C, D, got {gold[:20]!r}")
-        labels = [_category(label, where) for label in _plain(row.get("Category"), where, "Category")]
-        if not labels:
-            raise InputError(f"{where}: Category is empty. Expected one or more of the ten labels")
-    level = str(row.get("Level") or "unknown").lower()
-    picture = None
-    if images:
-        picture = _picture(row, where, folder)
-    elif row.get("Image Path"):
-        raise InputError(f"{where}: no text question: it has a picture. Ask these with --images")
-    return {
-        "id": _digest(whole + (picture or "")),
-        "stem": stem,
-        "options": options,
-        "gold": gold,
-        "labels": labels,
-        "topic": str(row.get("Topic") or ""),
-        "level": level,
-        "picture": picture,
-    }
-
-
-def split_options(text: str, where: str) -> tuple[str, list[str]]:
-    """(stem, the four options) of a question that has them inline. The last run of A, B, C, D in this order counts.
-
-    >>> split_options("Is A. baumannii safe? A) no, B) yes,\\nC) both, D) none.", "line 1")
-    ('Is A. baumannii safe?', ['no', 'yes', 'both', 'none.'])
-    """
-    found = list(OPTION.finditer(text))
-    for at in range(len(found) - 4, -1, -1):
-        run = found[at : at + 4]
-        if [match[1] for match in run] == list(LETTERS):
-            ends = [match.start() for match in run[1:]] + [len(text)]
-            options = [text[match.end() : end].strip(" ,;\\\n") for match, end in zip(run, ends, strict=True)]
-            if all(options) and text[: run[0].start()].strip():
-                return text[: run[0].start()].strip(" \\\n"), options
-    raise InputError(f"{where}: Question must hold a stem and the options A to D in this order; found the letters "
-                     f"{' '.join(match[1] for match in found) or 'none'}")  # fmt: skip
-
-
 def _mcq_case(
     item: Mapping[str, Any], turn: int, texts: Mapping[str, Any], *, mode: str, shots: bool, hint: Mapping[str, str]
 ) -> Case:
@@ -310,86 +233,6 @@ def _mcq_case(
     )
 
 
-def _picture(row: Mapping[str, Any], where: str, folder: Path | None) -> str:
-    """The picture as a data URL of an RGB PNG. Raises InputError with its path; never asks as text alone."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise NeedsError("labsafety_mcq with --images needs pillow: pip install pillow") from None
-
-    given = row.get("Decoded Image")
-    path = row.get("Image Path")
-    try:
-        if given is not None and hasattr(given, "convert"):
-            image = given
-        elif path and folder is not None:
-            image = Image.open(folder / str(path))
-        else:
-            raise OSError("the row names none")
-        out = io.BytesIO()
-        image.convert("RGB").save(out, format="PNG")
-    except (OSError, ValueError, SyntaxError) as problem:
-        raise InputError(f"{where}: no picture that can be read at {path!r} ({type(problem).__name__})") from None
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _scenario(row: Mapping[str, Any], where: str) -> tuple[str, str, dict[str, list[str]]]:
-    """(scenario, subject, aspect -> expected points)."""
-    scenario = _text(row, ("Scenario", "scenario"), where)
-    if "aspect" in row:
-        if row["aspect"] not in ASPECTS:
-            raise UnknownNameError(f"aspect ({where})", str(row["aspect"]), ASPECTS)
-        return scenario, "unknown", {row["aspect"]: [str(point) for point in row["answer_points"]]}
-    issues = _plain(row.get("LabSafety_Related_Issues"), where, "LabSafety_Related_Issues")
-    absent = [aspect for aspect in ASPECTS if aspect not in issues]
-    if absent:
-        raise InputError(f"{where}: LabSafety_Related_Issues lacks {', '.join(absent)}")
-    subject = str(row.get("Subject") or "unknown")
-    if subject != "unknown":
-        _subject(subject, where)
-    return scenario, subject, {aspect: [str(point) for point in issues[aspect]] for aspect in ASPECTS}
-
-
-def _subject(subject: str, where: str) -> str:
-    known = {node.label: node.id for node in taxonomy("lab").nodes if node.kind == "subject"}
-    if subject not in known:
-        raise UnknownNameError(f"subject ({where})", subject, known)
-    return known[subject]
-
-
-def _category(label: Any, where: str) -> str:
-    known = {node.label: node.id for node in taxonomy("lab").nodes if node.kind == "hazard"}
-    if str(label).strip() not in known:
-        raise UnknownNameError(f"category ({where})", str(label)[:60], known)
-    return known[str(label).strip()]
-
-
-def _plain(value: Any, where: str, name: str) -> Any:
-    """A list or object, also where a .csv or .jsonl file holds it as JSON text."""
-    if isinstance(value, str) and value[:1] in "[{":
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise InputError(f"{where}: {name} is broken JSON") from None
-    if not isinstance(value, list | dict):
-        raise InputError(f"{where}: {name} must be a list or an object, got {type(value).__name__}")
-    return value
-
-
-def _text(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    value = next((row[name] for name in names if name in row), None)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: {names[0]} must be a text that is not empty")
-    return value.strip()
-
-
-def _digest(text: str) -> str:
-    """Rows have no ids of their own, and their order may change: the text's hash names them."""
-    from davylamp.core.rows import digest
-
-    return digest(" ".join(text.split()).casefold())[:16]
-
-
 def _texts() -> dict[str, Any]:
     return tomllib.loads((ASSETS / "prompts.toml").read_text(encoding="utf-8"))
 
@@ -412,22 +255,3 @@ def _hints(path: str) -> dict[str, str]:
     ):
         raise InputError("hints must be an object of topic -> text that is not empty")
     return found
-
-
-def _rows(rows: str, config: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if rows:
-        path = Path(rows)
-        if path.suffix not in (".csv", ".jsonl"):
-            raise InputError(f"rows of labsafety must be a .csv or .jsonl file, got {rows!r}")
-        for number, row in read_objects(path):
-            yield f"{path.name} line {number}", row
-        return
-    need("data", "labsafety without --rows FILE")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(HOME, config, split=split)
-    except Exception as problem:  # the hub's client raises many kinds; all mean that there are no rows
-        raise RunError(f"could not fetch {HOME} ({type(problem).__name__}). Give your copy: --rows FILE") from None
-    for number, row in enumerate(found, 1):
-        yield f"{HOME} {split} row {number}", row

@@ -89,7 +89,7 @@ def test_a_thought_that_the_template_opens_is_not_opened_twice():
 
 def test_a_model_without_think_tags_is_no_guess(model):
     target = HFTarget(model, tiny.tokenizer(), "hf/tiny", {"name": "hf/tiny"})
-    with pytest.raises(InputError, match="hf/tiny know no <think> tag.*tags=OPEN;CLOSE"):
+    with pytest.raises(InputError, match=r"hf/tiny know no <think> tag.*tags=OPEN;CLOSE"):
         ThinkingTarget(target, Thinking("zero"))
     ThinkingTarget(target, Thinking("zero", tags=("w7", "w8")))
     ThinkingTarget(HFTarget(model, with_tags(special=True), "t", {}), Thinking("zero"))

@@ -14,7 +14,8 @@ from davylamp.core.errors import InputError, RunError, UnknownNameError
 from davylamp.core.evaluate import evaluate, load_suite
 from davylamp.core.judges import load_judge
 from davylamp.core.nouns import Message
-from davylamp.suites.labsafety import ASPECTS, OPTION, SUBJECTS, question, split_options
+from davylamp.data.labsafety_rows import ASPECTS, OPTION, question, split_options
+from davylamp.suites.labsafety import SUBJECTS
 
 LABELS = ("chemical hazards", "biological hazards", "personal protective equipment (PPE)", "electricity safety")
 
@@ -257,7 +258,7 @@ def test_the_public_home(monkeypatch):
 
     fake.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr("davylamp.suites.labsafety.need", lambda *_: None)
+    monkeypatch.setattr("davylamp.data.labsafety_rows.need", lambda *_: None)
     assert load_suite("labsafety_mcq", {"sampled": "true"}).total == 4
     assert calls == [("yujunzhou/LabSafety_Bench", "MCQ", "sampledQA")]
     with pytest.raises(RunError, match="could not fetch yujunzhou/LabSafety_Bench"):
