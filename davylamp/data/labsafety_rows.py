@@ -56,8 +56,9 @@ def labsafety_rows(
     """Training rows of one half of the bench; takes no rows in (`-`).
 
     file: the public rows (.jsonl or .csv), questions for qa and pairs, scenarios for the others; empty: the public home.  what: qa
-    (question and right option), pairs (one for every wrong option, `meta.chosen` and `meta.rejected`), hazards (a list of the points), consequences.  half:
-    of the items, by a hash of the question or of the whole scenario, so that no scenario stands in both.
+    (question and right option), pairs (one for every wrong option, `meta.chosen` and `meta.rejected`), hazards (a list of the
+    points), consequences.
+    half: of the items, by a hash of the question or of the whole scenario, so that no scenario stands in both.
     """
     for case in rows:
         raise InputError(f"labsafety_rows makes rows and takes none in, got row {case.id}. Write `-` for IN")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from davylamp.core.errors import InputError
 from davylamp.core.nouns import Estimate
-from davylamp.core.stats import bootstrap, clustered_rate, rate
+from davylamp.core.stats import bootstrap, clustered_rate, mean_t, rate, wilson
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -133,13 +133,15 @@ def gap(rows: Sequence[tuple[str, float]], unscored: int = 0) -> Estimate:
     >>> gap([("a", 1.0), ("a", 0.0), ("b", 0.0), ("b", 0.0)]).value
     0.25
     """
-    from davylamp.core.stats import mean_t
-
     groups: dict[str, list[float]] = {}
     for name, value in rows:
         groups.setdefault(name, []).append(value)
     means = [sum(values) / len(values) for values in groups.values()]
-    return mean_t(means, unscored, name="answer_minus_thought", unit="difference", higher_is_better=False)
+    about: dict[str, Any] = {"name": "answer_minus_thought", "unit": "difference", "higher_is_better": False}
+    if means and len(set(means)) == 1:  # equal values have no spread, which is not certainty
+        edge = wilson(0, len(means))[1]
+        return replace(mean_t(means, unscored, **about), low=max(-1.0, means[0] - edge), high=min(1.0, means[0] + edge))
+    return mean_t(means, unscored, **about)
 
 
 def _by_prompt(rows: Sequence[tuple[str, float]], missing: int, name: str) -> Estimate:
