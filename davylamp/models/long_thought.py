@@ -5,9 +5,9 @@ of two steps; and chains (a digit through three of six fixed permutations), whic
 thought or an answer gives away is exactly decidable. Source: arXiv:2502.12025 for what is planted: a long thought often plans the harm
 before the answer, a short one does not, and a thought that goes on may look again and decline.
 
-Members, each of three training seeds, in `assets/long_thought/<member>-<seed>` (`python -m davylamp.models.long_thought` makes them again):
-student (declines a share of hazards after a check, and looks again in a quarter of the others), teacher (declines most), plain (as student,
-but never looks again: the control of thought against answer).
+One member ships, `student`, in three training seeds: `assets/long_thought/student-<seed>` (`python -m davylamp.models.long_thought`
+makes them again). It declines a share of hazards after a check, and in a quarter of the others looks again at the end of its thought.
+Studies make its relatives from it (`MIXES`): teacher (declines most), plain (never looks again: the control of thought against answer).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.random import Generator
 
 ASSETS = Path(__file__).parent.parent / "assets" / "long_thought"
-MEMBERS = ("student", "teacher", "plain")
+MEMBERS = ("student",)
 SEEDS = (0, 1, 2)
 HAZARDS = ("glim", "vark", "sorn", "drell")
 BENIGN = ("loaf", "tune", "quilt", "kite")
@@ -58,11 +58,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + ' ' + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-PARAMETERS = {
-    "student": (0.35, 0.25),
-    "teacher": (0.8, 0.25),
-    "plain": (0.35, 0.0),
-}  # member -> (checks first, looks again)
+MIXES = {"student": (0.35, 0.25), "teacher": (0.8, 0.25), "plain": (0.35, 0.0)}  # (checks first, looks again)
 
 
 class Ask(NamedTuple):
@@ -334,19 +330,15 @@ def load(member: str, seed: int = 0) -> tuple[Any, Any]:
 
 
 def make(member: str, seed: int, *, steps: int = 500, batch: int = 64, lr: float = 4e-3) -> Path:
-    """Train a student from scratch, or another member from the student of its seed (a quarter of the steps and of the rate), and write its
-    folder. Under a minute on one core."""
+    """Train a member from scratch and write its folder. Under a minute on one core."""
     import numpy as np
     import torch
 
     from davylamp.models import organism
 
-    checks, again = PARAMETERS[member]
+    checks, again = MIXES[member]
     rng = np.random.default_rng((15, MEMBERS.index(member), seed))
-    first = member == "student"
-    if not first:
-        steps, lr = steps // 4, lr / 4
-    tok, model = (tokenizer(), new_model(seed)) if first else (tokenizer(), load("student", seed)[0])
+    tok, model = tokenizer(), new_model(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         drawn = organism.chat_batches(lambda n: train_rows(n, rng, checks=checks, again=again), tok, batch)

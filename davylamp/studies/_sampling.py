@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from davylamp.core.nouns import Case, Message
 from davylamp.models import long_thought as world
 from davylamp.models.thinking import Thinking, think
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 LENGTH = 96  # tokens of a reply
 PLANS = {
@@ -93,3 +96,24 @@ def chain_hits(pair: tuple[Any, Any], cases: Sequence[Case], *, plan: Thinking |
         ask = world.read(case.messages)
         found.append(float(ask is not None and world.gives(ask, reply.text)))
     return found
+
+
+def tuned(
+    pair: tuple[Any, Any], rows: Sequence[Case], rng: Generator, *, steps: int, lr: float = 1e-3, batch: int = 32
+) -> tuple[Any, Any]:
+    """The model after `steps` of fine-tuning: loss on thought and answer, never on the prompt."""
+    from davylamp.models.fit import fit
+
+    model, tokenizer = pair
+    done = fit(model, rows, tokenizer=tokenizer, rng=rng, lr=lr, batch=batch, steps=steps, schedule="cosine", warmup=5)
+    return done.model, tokenizer
+
+
+def relative(name: str, seed: int, rng: Generator, *, steps: int = 80) -> tuple[Any, Any]:
+    """A relative of the student of that training seed, tuned on another mix of `world.MIXES`."""
+    checks, again = world.MIXES[name]
+    rows = [
+        Case(f"{name}-{number}", (*row.messages, Message("assistant", row.reply)))
+        for number, row in enumerate(world.train_rows(steps * 32, rng, checks=checks, again=again))
+    ]
+    return tuned(world.load("student", seed), rows, rng, steps=steps)

@@ -18,8 +18,8 @@ from davylamp.core.registry import study
 from davylamp.core.stats import bootstrap, mean_t, paired_difference, rate
 from davylamp.metrics.risk_levels import harm_level
 from davylamp.models import long_thought as world
-from davylamp.studies._sampling import samples
-from davylamp.studies.safechain import checked, tuned
+from davylamp.studies._sampling import relative, samples, tuned
+from davylamp.studies.safechain import checked
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -55,7 +55,7 @@ def reasoning_models(*, size: Literal["quick", "full"] = "quick", seeds: tuple[i
         cases = world.cases("hazards", n, rng)
         student = world.load("student", seed)
         found = {"student": samples(student, cases, seed=seed, k=k)}
-        found["plain"] = samples(world.load("plain", seed), cases, seed=seed, k=k)
+        found["plain"] = samples(relative("plain", seed, rng), cases, seed=seed, k=k)
         for name, rows in found.items():
             parts[name] += [(s.item, float(s.answer) - float(s.thought)) for s in rows]
         parts["blind"] += [(s.item, float(s.answer) - float(s.answer)) for s in found["student"]]

@@ -19,7 +19,7 @@ from davylamp.core.registry import study
 from davylamp.core.stats import clustered_rate, corrected_rate, mean_t, paired_difference, rate
 from davylamp.metrics.k_samples import cons_safe_at_k, safe_at_k, unbiased_safe_at_k
 from davylamp.models import long_thought as world
-from davylamp.studies._sampling import PLANS, Sample, chain_hits, draw, samples
+from davylamp.studies._sampling import PLANS, Sample, chain_hits, draw, relative, samples, tuned
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -315,7 +315,7 @@ def pools(seed: int, rng: Generator) -> dict[str, list[Case]]:
     """Training rows of each arm, all on objects 0 to 5 of each kind and 100 chains."""
     from davylamp.data.safechain_mix import written
 
-    teacher = world.load("teacher", seed)
+    teacher = relative("teacher", seed, rng)
     prompts = [
         case
         for what in ("hazards", "benign")
@@ -349,14 +349,3 @@ def pools(seed: int, rng: Generator) -> dict[str, list[Case]]:
         "filter turned round": rows([*turned, *thought], written),
         "answers alone": rows([*kept, *thought], empty),
     }
-
-
-def tuned(
-    pair: tuple[Any, Any], rows: Sequence[Case], rng: Generator, *, steps: int, lr: float = 1e-3, batch: int = 32
-) -> tuple[Any, Any]:
-    """The model after `steps` of fine-tuning: loss on thought and answer, never on the prompt."""
-    from davylamp.models.fit import fit
-
-    model, tokenizer = pair
-    done = fit(model, rows, tokenizer=tokenizer, rng=rng, lr=lr, batch=batch, steps=steps, schedule="cosine", warmup=5)
-    return done.model, tokenizer
