@@ -58,10 +58,7 @@ def thinking_strategies(
         for name, plan in PLANS.items():
             found.setdefault(name, []).extend(samples(pair, hazards, plan=plan, k=K, seed=seed))
             chains.setdefault(name, []).extend(chain_hits(pair, tasks, plan=plan))
-        word = world.NEUTRAL[seed % len(world.NEUTRAL)]
-        found.setdefault("neutral word", []).extend(
-            samples(pair, hazards, k=K, seed=seed, prefill=f"{world.THINK} {word}")
-        )
+        found.setdefault("neutral word", []).extend(_opened(pair, hazards, seed))
     rng = np.random.default_rng((15, *seeds))
 
     def diff(quantity: str, one: str, other: str) -> Estimate:
@@ -94,6 +91,15 @@ def thinking_strategies(
         if name in chains:
             out.append((None, replace(_rate(chains[name], "chain_accuracy"), arm=name)))
     return out
+
+
+def _opened(pair: tuple[Any, Any], cases: Sequence[Case], seed: int) -> list[Sample]:
+    """K replies to each case whose thoughts begin with a word that says nothing, the words in turn."""
+    by_word = [
+        (k, samples(pair, cases, k=k, seed=seed, prefill=f"{world.THINK} {word}"))
+        for word, k in zip(world.NEUTRAL, (2, 2, 1), strict=True)
+    ]
+    return [row for at in range(len(cases)) for k, rows in by_word for row in rows[k * at : k * at + k]]
 
 
 def checked(seeds: Sequence[int]) -> Sequence[int]:
