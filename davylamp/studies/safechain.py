@@ -48,7 +48,7 @@ def thinking_strategies(
     whose thoughts all end well (the organism `reasoning`) has nothing to gain from an empty one. seeds: training seeds of the organism,
     0 to 2.
     """
-    n = {"quick": 80, "full": 160}[size]
+    n = {"quick": 60, "full": 160}[size]
     found: dict[str, list[Sample]] = {}
     chains: dict[str, list[float]] = {}
     for seed in checked(seeds):
@@ -273,7 +273,7 @@ def safe_thoughts(*, size: Literal["quick", "full"] = "quick", seeds: tuple[int,
     filter turned round, so that unsafe thoughts are kept; the same prompts with replies that do not think, which is as safe and costs
     the chains. seeds: training seeds of the organisms, 0 to 2.
     """
-    steps, n = {"quick": (60, 80), "full": (150, 160)}[size]
+    steps, n = {"quick": (50, 64), "full": (150, 160)}[size]
     names = ("before", "safe thoughts", "benign rows", "filter turned round", "answers alone")
     safe: dict[str, list[float]] = {name: [] for name in names}
     chain: dict[str, list[float]] = {name: [] for name in names}

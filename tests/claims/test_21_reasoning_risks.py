@@ -2,13 +2,13 @@
 
 import pytest
 
-from davylamp.studies.reasoning_risks import reasoning_models, risk_instruments
+from davylamp.studies.reasoning_risks import distilled_reasoning, harm_of_answers, risk_instruments, thought_gap
 
 pytestmark = [pytest.mark.claims, pytest.mark.slow]
 
 
-@pytest.mark.parametrize(("study", "controls"), [(reasoning_models, 3), (risk_instruments, 2)])
-def test_claims_and_controls_hold(study, controls):
-    observed = study(seeds=(0,)) if study is reasoning_models else study()
+@pytest.mark.parametrize("study", [thought_gap, distilled_reasoning, harm_of_answers, risk_instruments])
+def test_claims_and_controls_hold(study):
+    observed = study(seeds=(0,))
     wrong = [(claim.text, e.low, e.high) for claim, e in observed if claim.held(e) is not True]
-    assert not wrong and sum(claim.control for claim, _ in observed) >= controls
+    assert not wrong and sum(claim.control for claim, _ in observed) >= 1
