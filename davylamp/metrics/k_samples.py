@@ -90,7 +90,7 @@ def k_samples(
     known = [sum(label is not None for label in labels) for labels in prompts.values()]
     pairs = [(hit, size) for hit, size in zip(sums, known, strict=True) if size]
     missing = k * len(prompts) - sum(known)
-    about = {"category": category, "arm": arm, "higher_is_better": True}
+    about: dict[str, Any] = {"category": category, "arm": arm, "higher_is_better": True}
     if k == 1:
         return (rate(sum(sums), sum(known), missing, name="safe@1", **about),)
     first = clustered_rate([hit for hit, _ in pairs], [size for _, size in pairs], missing, name="safe@1", **about)
