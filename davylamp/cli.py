@@ -391,6 +391,22 @@ def rejudge(run: str, name: str, quiet: bool, runs: Path, as_json: bool) -> None
 
 
 @main.command()
+@click.argument("run", nargs=-1, required=True)
+@runs_option
+@json_option
+def ksafe(run: tuple[str, ...], runs: Path, as_json: bool) -> None:
+    """Safe@1, Safe@K, ConsSafe@K of one or more RUNs, thought and answer apart (run with --epochs K)."""
+    from davylamp.core.record import find_run
+    from davylamp.ksafe import k_report, k_table
+
+    folders = [find_run(runs, name) for name in run]
+    if as_json:
+        _echo_json({str(folder): [e.json() for e in k_report(folder)[0]] for folder in folders})
+    else:
+        click.echo(k_table(folders))
+
+
+@main.command()
 @click.argument("run")
 @click.option("--target", help="Put the same questions to another target.")
 @runs_option

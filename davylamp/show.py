@@ -42,7 +42,8 @@ TARGETS = """What can be asked:
   hf/PATH-OR-ID            a transformers model                                  pip install 'davylamp[hf]'
   organism/NAME            a built-in model: base, helpful, aligned, reasoning   pip install 'davylamp[hf]'
   inspect/PROVIDER/MODEL   any provider of inspect_ai                            pip install 'davylamp[inspect]'
-  python/FILE.py:FUNCTION  your own function (messages, *, seed, **settings) -> text or Message"""
+  python/FILE.py:FUNCTION  your own function (messages, *, seed, **settings) -> text or Message
+  think/STRATEGY/TARGET    any of them under a thinking strategy: zero, less, more"""
 
 
 def systems() -> dict[str, dict[str, str]]:

@@ -20,7 +20,11 @@ NEED_DATA = {
     "multijail",
     "safety_prompts",
     "safetybench",
-}  # user rows: stand-ins in tests/suites
+    "safechain",
+    "labsafety_mcq",
+    "labsafety_hazards",
+    "labsafety_consequences",
+}  # its rows are the user's; tests/suites checks it with a stand-in
 HOSTILE = (
     "",
     " ",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import torch
@@ -21,23 +22,35 @@ from davylamp.core.nouns import Message
 from davylamp.core.rows import canonical
 from davylamp.models.batching import MicroBatcher
 from davylamp.models.loading import identity, load_pair
-from davylamp.models.thinking import split_thinking
+from davylamp.models.thinking import OPEN, split_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SETTINGS = ("max_tokens", "temperature", "top_p", "top_k", "stop")
+SETTINGS = ("max_tokens", "temperature", "top_p", "top_k", "stop", "prefill")
 MAX_TOKENS = 256
+THOUGHT = re.compile(r"</?think(ing)?>", re.IGNORECASE)
 WIDTH = 64
+
+
+class Prompt(NamedTuple):
+    """The tokens up to where the model goes on, and the text that the reply begins with (a prefill, or a tag the template opened)."""
+
+    ids: list[int]
+    head: str = ""
+    head_ids: tuple[int, ...] = ()
 
 
 class HFTarget:
     """A loaded model as a target. Greedy unless `temperature` is above 0; then every row draws with its own seed, so that its reply does
     not depend on the rows it is batched with. Text only: no pictures, no tool calls.
 
-    settings: max_tokens (default 256), temperature, top_p, top_k, stop (a text or a list). A template that takes no system role (Gemma)
-    gets the system text in front of the first user turn.
+    settings: max_tokens (default 256), temperature, top_p, top_k, stop (a text or a list), prefill (a text that the reply begins with: the
+    model goes on from there, and the reply holds it). A template that takes no system role (Gemma) gets the system text in front of the
+    first user turn.
     """
+
+    prefills = True
 
     def __init__(
         self,
@@ -49,15 +62,21 @@ class HFTarget:
         width: int = WIDTH,
     ):
         self.model, self.tokenizer, self.name, self.identity = model, tokenizer, name, dict(identity)
-        self._batcher = MicroBatcher(self._batch, width=width, key=lambda item: item[2], size=lambda item: len(item[0]))
+        self._batcher = MicroBatcher(
+            self._batch, width=width, key=lambda item: item[2], size=lambda item: len(item[0].ids)
+        )
+
+    def knows(self, tag: str) -> bool:
+        """Whether the tag is a token of the tokenizer, or stands in the chat template."""
+        return tag in self.tokenizer.get_vocab() or tag in str(self.tokenizer.chat_template or "")
 
     async def __call__(self, messages: Sequence[Message], *, seed: int = 0, **settings: Any) -> Message:
         check_settings(settings)
-        ids = prompt_ids(self.tokenizer, messages)
-        reply: Message = await self._batcher.submit((ids, seed, canonical(settings), settings))
+        prompt = begun_ids(self.tokenizer, messages, str(settings.pop("prefill", "") or ""))
+        reply: Message = await self._batcher.submit((prompt, seed, canonical(settings), settings))
         return reply
 
-    def _batch(self, items: list[tuple[list[int], int, str, dict[str, Any]]]) -> list[Message | Exception]:
+    def _batch(self, items: list[tuple[Prompt, int, str, dict[str, Any]]]) -> list[Message | Exception]:
         return _generate(
             self.model, self.tokenizer, [item[0] for item in items], [item[1] for item in items], items[0][3]
         )
@@ -100,6 +119,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     top_p = settings.get("top_p")
     if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1):
         raise InputError(f"top_p must be in (0, 1], got {top_p!r}")
+    prefill = settings.get("prefill")
+    if prefill is not None and not isinstance(prefill, str):
+        raise InputError(f"prefill must be a text, got {prefill!r}")
     stop = settings.get("stop")
     if stop is not None and not (
         isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(text, str) for text in stop))
@@ -126,6 +148,23 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
+def begun_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prefill: str = "") -> Prompt:
+    """The prompt with the beginning of its reply. A thought that the template opens already is not opened twice.
+
+    The prefill is read by itself, never together with the prompt, so that the prompt's own tokens stay what they are without it.
+    """
+    ids = prompt_ids(tokenizer, messages)
+    if not prefill:
+        end = str(tokenizer.decode(ids[-8:])).rstrip().lower()
+        return Prompt(ids, "<think>" if end.endswith(("<think>", "<thinking>")) else "")
+    opening = OPEN.match(prefill)
+    rest = prefill
+    if opening is not None and OPEN.fullmatch(str(tokenizer.decode(ids[-8:])).rstrip()[-len(opening[0].strip()) :]):
+        rest = prefill[opening.end() :].lstrip("\n")
+    added = list(tokenizer(rest, add_special_tokens=False)["input_ids"]) if rest else []
+    return Prompt([*ids, *added], prefill, tuple(added))
+
+
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,6 +172,7 @@ def generate_batch(
     *,
     seeds: Sequence[int] | None = None,
     width: int = WIDTH,
+    prefill: str = "",
     **settings: Any,
 ) -> list[Message]:
     """One reply to each conversation, in their order, `width` at a time by length. Settings as in `HFTarget`; seeds: one a conversation.
@@ -141,8 +181,8 @@ def generate_batch(
     """
     check_settings(settings)
     seeds = list(seeds) if seeds is not None else [0] * len(conversations)
-    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts = [begun_ids(tokenizer, messages, prefill) for messages in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     found: dict[int, Message] = {}
     for part in (order[at : at + width] for at in range(0, len(order), width)):
         replies = _generate(model, tokenizer, [prompts[i] for i in part], [seeds[i] for i in part], settings)
@@ -156,23 +196,25 @@ def generate_batch(
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     settings: Mapping[str, Any],
 ) -> list[Message | Exception]:
     """A reply or a TargetError to each prompt."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     out: dict[int, Message | Exception] = {
-        i: TargetError(f"the prompt has {len(prompt)} tokens; the model takes {room}, with one or more for the reply")
+        i: TargetError(
+            f"the prompt has {len(prompt.ids)} tokens; the model takes {room}, with one or more for the reply"
+        )
         for i, prompt in enumerate(prompts)
-        if len(prompt) >= room
+        if len(prompt.ids) >= room
     }
     fitting = [i for i in range(len(prompts)) if i not in out]
     # Rows in one batch share their number of new tokens, so a row near the model's end is asked with others near it, or alone.
     wanted = int(settings.get("max_tokens") or MAX_TOKENS)
     groups: dict[int, list[int]] = {}
     for i in fitting:
-        groups.setdefault(min(wanted, room - len(prompts[i])), []).append(i)
+        groups.setdefault(min(wanted, room - len(prompts[i].ids)), []).append(i)
     for new, rows in groups.items():
         replies = _ask(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], new, settings)
         out.update(zip(rows, replies, strict=True))
@@ -182,22 +224,25 @@ def _generate(
 def _ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     new: int,
     settings: Mapping[str, Any],
 ) -> list[Message]:
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(ends)), 0)
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts], device=model.device
+    )
     processors = LogitsProcessorList()
     if settings.get("temperature"):
         processors.append(_Draw(seeds, float(settings["temperature"]), settings.get("top_k"), settings.get("top_p")))
+    read = _Reader(tokenizer)
     stop = settings.get("stop") or []
     stops = [stop] if isinstance(stop, str) else [text for text in stop if text]
-    criteria = StoppingCriteriaList([_Stops(tokenizer, stops, longest)] if stops else [])
+    criteria = StoppingCriteriaList([_Stops(read, stops, longest)] if stops else [])
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the checkpoint's own generation settings, which greedy decoding overrides
         made: torch.Tensor = model.generate(  # type: ignore[operator]
@@ -220,25 +265,44 @@ def _ask(
         end = next((i for i, token in enumerate(row) if token in ends), None)
         used = row if end is None else row[:end]
         finish = "length" if end is None else "stop"
-        text = _text(tokenizer, used)
+        # Read behind the prefill, so that a space between the two is the tokenizer's own.
+        text = read([*prompt.head_ids, *used])[len(read(prompt.head_ids)) :] if prompt.head_ids else read(used)
         cut = min((at for at in (text.find(word) for word in stops) if at >= 0), default=None)
         if cut is not None:
             text, finish = text[:cut], "stop"
-            used = row[: _tokens_until(tokenizer, row, cut)]
-        opened = str(tokenizer.decode(prompt[-8:])).rstrip().lower().endswith(("<think>", "<thinking>"))
-        reasoning, answer = split_thinking("<think>" + text if opened else text)
+            used = row[: _tokens_until(read, row, cut)]
+        reasoning, answer = split_thinking(prompt.head + text)
         done = len(used) + (end is not None and cut is None)
-        out.append(Message("assistant", answer.strip(), reasoning=reasoning, finish=finish, tokens=(len(prompt), done)))
+        tokens = (len(prompt.ids), done)
+        out.append(Message("assistant", answer.strip(), reasoning=reasoning, finish=finish, tokens=tokens))
     return out
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> str:
-    return str(tokenizer.decode(row, skip_special_tokens=True))
+class _Reader:
+    """The text of a reply without special tokens; those that mark a thought stay, as the thought must still be told from the answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()  # built anew at every look, so looked at once a batch
+        self.marks = {i: str(token) for i, token in added if token.special and THOUGHT.fullmatch(str(token))}
+
+    def __call__(self, row: Sequence[int]) -> str:
+        if not self.marks or not self.marks.keys() & set(row):
+            return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
+        out, part = "", []
+        for token in [*row, None]:
+            if token is None or token in self.marks:
+                out += str(self.tokenizer.decode(part, skip_special_tokens=True))
+                out += "" if token is None else self.marks[token]
+                part = []
+            else:
+                part.append(token)
+        return out
 
 
-def _tokens_until(tokenizer: PreTrainedTokenizerBase, row: list[int], cut: int) -> int:
+def _tokens_until(read: _Reader, row: list[int], cut: int) -> int:
     """How many tokens it takes to write more than `cut` characters."""
-    return next((n for n in range(1, len(row) + 1) if len(_text(tokenizer, row[:n])) > cut), len(row))
+    return next((n for n in range(1, len(row) + 1) if len(read(row[:n])) > cut), len(row))
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -273,8 +337,8 @@ class _Draw(LogitsProcessor):
 class _Stops(StoppingCriteria):
     """Ends a row whose reply holds one of the texts. transformers' own raises on texts that a vocabulary of words cannot spell."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: int):
-        self.tokenizer, self.texts, self.start = tokenizer, texts, start
+    def __init__(self, read: _Reader, texts: Sequence[str], start: int):
+        self.read, self.texts, self.start = read, texts, start
         self.window = (
             max(len(text) for text in texts) + 8
         )  # tokens; a token is at least one character of what could be left of a text
@@ -282,5 +346,5 @@ class _Stops(StoppingCriteria):
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """input_ids: (rows, tokens so far)."""
         tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :].tolist()
-        done = [any(text in _text(self.tokenizer, tail) for text in self.texts) for tail in tails]
+        done = [any(text in self.read(tail) for text in self.texts) for tail in tails]
         return torch.tensor(done, device=input_ids.device)

@@ -69,8 +69,12 @@ async def post_json(
 class OpenAITarget:
     """`openai/<model>`: chat completions of a server. Its own reasoning field, or a <think> block, becomes `Message.reasoning`.
 
-    settings are sent as they are (temperature, max_tokens, top_p, stop, …), so that a server's own extensions work too.
+    settings are sent as they are (temperature, max_tokens, top_p, stop, …), so that a server's own extensions work too. But for prefill, a
+    text that the reply begins with: it is sent as the last turn with continue_final_message, as vLLM and SGLang take it, and the reply
+    holds it. A server that refuses this raises a TargetError that says so.
     """
+
+    prefills = True
 
     def __init__(self, model: str, *, base_url: str | None = None, api_key: str | None = None):
         self.model = model
@@ -87,8 +91,22 @@ class OpenAITarget:
     async def __call__(self, messages: Sequence[Message], *, seed: int = 0, **settings: Any) -> Message:
         if self._session is None:
             self._session = session()
+        prefill = settings.pop("prefill", "") or ""
         body = {"model": self.model, "messages": [wire(message) for message in messages], "seed": seed, **settings}
-        return reply_from(await post_json(self._session, self.url, body, self.headers, who=self.name), self.name)
+        if not prefill:
+            return reply_from(await post_json(self._session, self.url, body, self.headers, who=self.name), self.name)
+        body["messages"].append({"role": "assistant", "content": prefill})
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+        try:
+            answer = await post_json(self._session, self.url, body, self.headers, who=self.name)
+        except TargetError as problem:
+            if problem.retry or problem.down:
+                raise
+            raise TargetError(
+                f"{self.name} did not take a reply that was begun for it (prefill), so it supports the thinking strategy default only. "
+                f"The server said: {problem}"
+            ) from None
+        return reply_from(answer, self.name, prefill)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -115,8 +133,9 @@ def wire(message: Message) -> dict[str, Any]:
     return out
 
 
-def reply_from(answer: Mapping[str, Any], who: str) -> Message:
-    """The assistant's message of a chat completion. Raises TargetError where the server's answer has no message.
+def reply_from(answer: Mapping[str, Any], who: str, prefill: str = "") -> Message:
+    """The assistant's message of a chat completion, behind the `prefill` it went on from. Raises TargetError where the server's answer
+    has no message.
 
     >>> reply_from({"choices": [{"message": {"content": "<think>hm</think>yes"}, "finish_reason": "stop"}]}, "demo").reasoning
     'hm'
@@ -133,9 +152,22 @@ def reply_from(answer: Mapping[str, Any], who: str) -> Message:
         ) from None
     if not isinstance(text, str):
         raise TargetError(f"{who} answered with content that is no text: {type(text).__name__}")
+    if prefill:
+        from davylamp.models.thinking import OPEN, parts
+
+        begun = parts(prefill)
+        thinks = any(message.get(name) for name in REASONING_FIELDS) or OPEN.match(text)
+        if thinks and begun.status != "open":
+            raise TargetError(
+                f"{who} thought of its own behind the thought that was closed for it. Either the server does not go on from a begun reply "
+                "(continue_final_message), or its reasoning parser is on: then no thinking strategy but default can run on it"
+            )
+    text = prefill + text
     for name in REASONING_FIELDS:
         if isinstance(message.get(name), str) and message[name]:
             reasoning = message[name]
+            if prefill:  # the server's parser took the rest of the thought out, behind the part that was begun
+                reasoning, text = f"{begun.thought}\n{reasoning}".strip(), text.removeprefix(prefill)
             break
     else:
         if "think" in text:

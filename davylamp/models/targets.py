@@ -1,4 +1,5 @@
-"""Targets by name: `openai/<model>`, `hf/<path or id>`, `organism/<name>`, `inspect/<provider>/<model>`, `python/<file.py>:<function>`.
+"""Targets by name: `openai/<model>`, `hf/<path or id>`, `organism/<name>`, `inspect/<provider>/<model>`, `python/<file.py>:<function>`, and
+`think/<strategy>/<target>` for any of them under a thinking strategy (zero, less or more; models/thinking.py).
 
 `openai/<model>@<base URL>` names the server too; without it OPENAI_BASE_URL and OPENAI_API_KEY count, as in the openai client.
 """
@@ -16,7 +17,7 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.needs import need
 from davylamp.core.nouns import Message, Target
 
-FAMILIES = ("openai", "hf", "organism", "inspect", "python")
+FAMILIES = ("openai", "hf", "organism", "inspect", "python", "think")
 
 
 class PythonTarget:
@@ -57,6 +58,13 @@ def load_target(spec: str) -> Target:
         raise UnknownNameError("target family", family, FAMILIES, see="davylamp show targets")
     if not rest:
         raise InputError(f"a target reads like {family}/<name>, got {spec!r}. See: davylamp show targets")
+    if family == "think":
+        from davylamp.models.thinking import ThinkingTarget, plan_from
+
+        plan, mark, inner = rest.partition("/")
+        if not mark:
+            raise InputError(f"expected think/<strategy>/<target>, such as think/zero/openai/NAME, got {spec!r}")
+        return ThinkingTarget(load_target(inner), plan_from(plan))
     if family == "openai":
         from davylamp.models.openai import OpenAITarget
 
