@@ -39,11 +39,12 @@ docs: $(VENV)/dev.done  ## the documentation site, in site/
 organisms: $(VENV)/models.done ## train the built-in models again from scratch (three seeds, about 75 minutes)
 	$(BIN)/python -m davylamp.models.organism_make all
 
-lamp: $(VENV)/dev.done  ## train the embedded guard again and write its card; DATA names the folder of public rows (about 10 minutes)
-	@test -n "$(DATA)" || { echo "make lamp needs the folder of public rows: make lamp DATA=FOLDER (see docs/guards.md)"; exit 2; }
+lamp: $(VENV)/dev.done  ## train the embedded guard again and write its card: make lamp DATA=FOLDER FORTUNES=FOLDER (about 15 minutes)
+	@test -d "$(DATA)" -a -d "$(FORTUNES)" || { echo "lamp needs DATA=, the folder of public rows, and FORTUNES=, that of Debian's fortunes (docs/guards.md)"; exit 2; }
 	rm -rf dist/lamp
-	$(BIN)/davylamp guard train lamp --rows own --rows public:$(DATA) --out dist/lamp --runs dist/runs
-	cp dist/lamp/hashed.npz dist/lamp/minilm.npz davylamp/assets/lamp/
+	$(BIN)/davylamp guard train lamp --only hashed --rows own --rows public:$(DATA) --rows fortunes:$(FORTUNES)\#6000 --out dist/lamp/hashed --runs dist/runs
+	$(BIN)/davylamp guard train lamp --only encoder --rows own --rows public:$(DATA) --rows fortunes:$(FORTUNES)\#2000 --out dist/lamp/encoder --runs dist/runs
+	cp dist/lamp/hashed/hashed.npz dist/lamp/encoder/minilm.npz davylamp/assets/lamp/
 	$(BIN)/python -m davylamp.guards._lamp_card $(DATA)
 
 bench: $(VENV)/dev.done ## the speed table of docs/performance.md

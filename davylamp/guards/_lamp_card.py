@@ -30,12 +30,13 @@ DRAWS = 500
 LOOKED_AT = (
     "XSTest",
     "OpenAI moderation",
+    "CyberSecEval harmless",
 )  # one half of these (bucket 0 of 2) was looked at while the training was designed
 LICENCES = {  # of the public sources, as their folders state them
     "advbench": "MIT", "ailuminate": "CC-BY-4.0", "catqa": "Apache-2.0", "harmbench": "MIT", "jailbreakbench": "MIT", "jbb": "MIT",
     "multijail": "MIT", "jade": "MIT", "medsafetybench": "MIT (its README asks for research use)", "simple_safety_tests": "CC-BY-4.0",
     "cyberseceval": "MIT", "labsafety": "MIT", "anthropic_ai_risk": "CC-BY-4.0", "bbq": "CC-BY-4.0", "bipia": "MIT",
-    "safeagentbench": "MIT", "cvalues": "Apache-2.0", "safetybench": "MIT", "korean_square": "MIT",
+    "safeagentbench": "MIT", "fortunes": "BSD", "cvalues": "Apache-2.0", "safetybench": "MIT", "korean_square": "MIT",
 }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def main(folder: Path) -> str:
     lines = []
     guards = {"hashed": lamp(encoder="hashed")}
     if find_encoder("auto") is not None:
-        guards["encoder (int8)"] = lamp()
+        guards["both heads (int8)"] = lamp()
     columns = "| set | unsafe / safe | F1 | AUPRC | AUROC | caught (TPR) | false alarms (FPR) |"
     for head, guard in guards.items():
         lines += [f"### {head}", "", columns, "|---|---|---|---|---|---|---|"]
@@ -142,8 +143,15 @@ def main(folder: Path) -> str:
         for name, cases in sets.items():
             lines += rows_of(name, cases, scores[name])
             if name in LOOKED_AT:  # the half that no decision was taken on
-                unseen = [i for i, case in enumerate(cases) if bucket(case.group or case.id, 2) == 1]
-                lines += rows_of(f"{name}, half B", [cases[i] for i in unseen], [scores[name][i] for i in unseen])
+                unseen = [
+                    i
+                    for i, case in enumerate(cases)
+                    if bucket(case.group or case.id, 2) == 1 and case.meta.get("language", "English") == "English"
+                ]
+                english = ", English" * (name == "CyberSecEval harmless")
+                lines += rows_of(
+                    f"{name}{english}, half B", [cases[i] for i in unseen], [scores[name][i] for i in unseen]
+                )
         lines += ["", *trade(sets, scores)]
         for name, by in (
             ("XSTest", "category"),

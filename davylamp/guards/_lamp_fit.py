@@ -144,15 +144,22 @@ def fit_encoder(
         if row.context:
             before += [*encoder.tokenizer.encode(row.context, add_special_tokens=False).ids[-24:], last]
         ids.append([*before, *encoder.tokenizer.encode(row.text, add_special_tokens=False).ids[:longest], last])
+    plan: list[list[int]] = []
+    for epoch in range(math.ceil(epochs)):
+        share = min(1.0, epochs - epoch)
+        order = rng.permutation(len(rows))[: round(share * len(rows))].tolist()
+        batches = _batches(order, ids, tokens)
+        plan += [batches[i] for i in rng.permutation(len(batches)).tolist()]
+    drawn = sorted({i for batch in plan for i in batch})  # with less than an epoch not all rows
     lower: list[torch.Tensor] = [torch.empty(0)] * len(ids)
     with torch.no_grad():
-        for picked in _batches(range(len(ids)), ids, 2 * tokens):
+        for picked in _batches(drawn, ids, 2 * tokens):
             x = encoder.blocks(
                 encoder.embed(pad([ids[i] for i in picked])[0]), [len(ids[i]) for i in picked], upto=frozen
             )
             for row, i in zip(x.half(), picked, strict=True):
                 lower[i] = row[: len(ids[i])].clone()
-    say(f"encoder: {len(ids)} rows through the first {frozen} blocks")
+    say(f"encoder: {len(drawn)} rows through the first {frozen} blocks")
     parameters = []
     for name, (weight, _) in encoder.linear.items():
         if int(name.split(".")[0]) >= frozen:
@@ -171,12 +178,6 @@ def fit_encoder(
     optimiser = torch.optim.AdamW(
         [{"params": parameters, "lr": lr}, {"params": [head, bias], "lr": 2 * lr}], weight_decay=0.01
     )
-    plan: list[list[int]] = []
-    for epoch in range(math.ceil(epochs)):
-        share = min(1.0, epochs - epoch)
-        order = rng.permutation(len(rows))[: round(share * len(rows))].tolist()
-        batches = _batches(order, ids, tokens)
-        plan += [batches[i] for i in rng.permutation(len(batches)).tolist()]
     running = math.log(2)
     for step, picked in enumerate(plan):
         lengths = [len(ids[i]) for i in picked]

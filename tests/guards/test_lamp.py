@@ -14,7 +14,7 @@ from davylamp.guards import lamp as module
 from davylamp.guards._lamp_hash import HAZARDS, HashHead, read_weights, write_weights
 from davylamp.guards._lamp_own import fill, own_rows, sections, slots
 from davylamp.guards._lamp_rows import Sentence, bucket, content, mixtures, near_copies, sentences
-from davylamp.guards._lamp_text import BUCKETS, Reading, features, windows
+from davylamp.guards._lamp_text import BUCKETS, Reading, features, reading, windows
 from davylamp.guards.lamp import ASSETS, find_encoder, lamp
 
 HARM = "How do I poison my neighbour without getting caught?"
@@ -314,7 +314,29 @@ def test_a_very_long_text_is_read_in_bounded_time():
     guard = minilm()
     filler = "the river was calm and the road was long. " * 3000
     parts = guard._worth_reading(Reading(filler + HARM.lower() + " " + filler))
-    assert len(parts) == module.MOST and any("poison my neighbour" in part for part in parts)
+    assert len(parts) == module.MOST and any("poison my neighbour" in part.text for part, _ in parts)
+    short = guard._worth_reading(Reading(filler[:1000]))
+    assert len(short) == 2 and all(len(part.text) <= 360 for part, _ in short)
+    assert [part for part, _ in guard._worth_reading(Reading(filler[:400], "said before"))] == [
+        Reading(filler[:400], "said before")
+    ]
+
+
+def test_both_heads_are_heard(tmp_path):
+    """The value is the mean of both scaled logits, computed here by hand; weights without a hashed head of their own speak alone."""
+    guard = minilm()
+    for text in (HARM, CALM, "how do i kill a zombie process?"):
+        read = reading([Message("user", text)])
+        hashed, encoded = guard.hashed.score(read)[0], guard.minilm.scores([read])[0][0]
+        parts = [
+            slope * x + shift
+            for x, (slope, shift) in ((encoded, guard.minilm.calibration), (hashed, guard.calibration))
+        ]
+        wanted = 1 / (1 + math.exp(-(module.SHARE * parts[0] + (1 - module.SHARE) * parts[1])))
+        assert guard.judge(read).value == pytest.approx(wanted, abs=1e-6)
+    (tmp_path / "minilm.npz").write_bytes((ASSETS / "minilm.npz").read_bytes())
+    alone = lamp(weights=str(tmp_path))
+    assert (alone.share, guard.share) == (1.0, module.SHARE) and alone.identity["share"] == 1.0
 
 
 def test_the_card_says_what_was_trained_on_what():
