@@ -84,11 +84,13 @@ def forms(text: str, requests: Mapping[str, Any]) -> list[tuple[str, str]]:
             readings.append(("hex", bytes.fromhex(word).decode()))
         except ValueError:
             pass
-    out = []
+    out: dict[str, str] = {}
     for form, read in readings:
         bare = _bare(read)
-        out += [(request, form) for request in requests if request in bare]
-    return out
+        for request in requests:
+            if request in bare:
+                out.setdefault(request, form)  # plain comes first: a request that stands there plainly is in no code
+    return list(out.items())
 
 
 def planted_cases(
