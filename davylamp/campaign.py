@@ -109,7 +109,15 @@ def run_attack(
             asked = {**setup.suite.suite.settings, **(settings or {})}
             inputs = {"attacks": [dict(arm.identity) for arm in arms], "budget": budget, **_inputs(setup, asked, seed)}
             campaign = Campaign(
-                arms, setup.cases, setup.judge, budget=2**62, allowance=budget, rounds=1, stop=False, even=True, seed=seed
+                arms,
+                setup.cases,
+                setup.judge,
+                budget=2**62,
+                allowance=budget,
+                rounds=1,
+                stop=False,
+                even=True,
+                seed=seed,
             )
             record = _begin("attack", own.name, inputs, command)
 
@@ -193,12 +201,19 @@ def run_redteam(
             async def after(folder: Path, log: RowLog, record: Record) -> Record:
                 found = findings(log, campaign.cases)
                 replayed = {
-                    name: await replay(found, other, setup.judge, folder / "replay.jsonl", settings=asked, limits=limits, seed=seed)
+                    name: await replay(
+                        found, other, setup.judge, folder / "replay.jsonl", settings=asked, limits=limits, seed=seed
+                    )
                     for name, other in others.items()
                 }
                 cost = {
-                    name: await harmless_answered(harmless, other, folder / "benign.jsonl", limits=limits, seed=seed, settings=settings)
-                    for name, other in (("none", setup.target), *((spec, others[spec]) for spec in dict.fromkeys(defences)))
+                    name: await harmless_answered(
+                        harmless, other, folder / "benign.jsonl", limits=limits, seed=seed, settings=settings
+                    )
+                    for name, other in (
+                        ("none", setup.target),
+                        *((spec, others[spec]) for spec in dict.fromkeys(defences)),
+                    )
                     if harmless
                 }
                 return await redteam_results(
@@ -247,10 +262,18 @@ async def _carry_out(
         record = await after(folder, log, record) if problem is None else record
         found = findings(log, campaign.cases)
         if found:
-            write_cases(folder / "findings.jsonl", {one.case.id + one.attack: one.row(record.id) for one in found}.values())
+            write_cases(
+                folder / "findings.jsonl", {one.case.id + one.attack: one.row(record.id) for one in found}.values()
+            )
         failed = sum(state == "failed" for state in log.state.values())
         cost = {"calls": progress.calls, "tokens": progress.tokens, "seconds": round(time.monotonic() - started, 3)}
-        status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "finished" if problem is None and not failed else "incomplete"
+        status = (
+            "interrupted"
+            if isinstance(problem, KeyboardInterrupt)
+            else "finished"
+            if problem is None and not failed
+            else "incomplete"
+        )
         record = replace(
             record,
             counts={"rows": len(log.state), "questions": campaign.state.spent, "broken": len(campaign.state.found),
@@ -302,7 +325,13 @@ async def replay(
 
 
 async def harmless_answered(
-    suite: LoadedSuite, target: Target, path: Path, *, settings: Mapping[str, Any] | None, limits: Limits | None = None, seed: int = 0
+    suite: LoadedSuite,
+    target: Target,
+    path: Path,
+    *,
+    settings: Mapping[str, Any] | None,
+    limits: Limits | None = None,
+    seed: int = 0,
 ) -> list[float | None]:
     """For each request of a suite of harmless ones: 1.0 if it was answered, 0.0 if not, None where the judge could not tell."""
     judging = load_judge(suite.suite.judge)
@@ -317,7 +346,9 @@ async def harmless_answered(
     path.unlink(missing_ok=True)  # cheap, and asked anew each time: its rows are counted, not kept
     log = RowLog(path)
     try:
-        await collect(suite.suite.cases, target, judged, log, seed=seed, settings=asked, play=suite.suite.play, limits=limits)
+        await collect(
+            suite.suite.cases, target, judged, log, seed=seed, settings=asked, play=suite.suite.play, limits=limits
+        )
     finally:
         log.close()
         await close(judging)

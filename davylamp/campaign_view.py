@@ -76,7 +76,9 @@ def attack_results(record: Record, rows: Rows, name: str, *, budget: int, contro
         f"{budget} questions a case at most. A case counts as broken if any of them was: compare rates of equal budgets only.",
         "The judge sees the plain request and the reply, never the disguise.",
     ]
-    return replace(record, estimates=tuple(out), about={**record.about, "figures": figures if series else [], "notes": notes})
+    return replace(
+        record, estimates=tuple(out), about={**record.about, "figures": figures if series else [], "notes": notes}
+    )
 
 
 async def redteam_results(
@@ -107,7 +109,10 @@ async def redteam_results(
     out += [_rate(own, name="success_where_tried", arm=name) for name, own in by_arm.items()]
     attacks = [name for name in names if any(one.attack == name for one in found)]
     figures = [_curve(campaign), _matrix(by_arm, categories)]
-    for title, wanted in (("Attack x defence", list(defences)), ("Transfer", [name for name in replayed if name not in defences])):
+    for title, wanted in (
+        ("Attack x defence", list(defences)),
+        ("Transfer", [name for name in replayed if name not in defences]),
+    ):
         if wanted and found:
             figures.append(_passed(title, attacks, wanted, found, replayed))
     for name, values in replayed.items():
@@ -149,7 +154,9 @@ def _matrix(by_arm: Mapping[str, Rows], categories: Sequence[str]) -> dict[str, 
     for rows in by_arm.values():
         line: list[float | None] = []
         for category in categories:
-            own = [row for row in rows if (row["case"].get("category") or "all") == category and _value(row) is not None]
+            own = [
+                row for row in rows if (row["case"].get("category") or "all") == category and _value(row) is not None
+            ]
             line.append(sum(map(_hit, own)) / len(own) if own else None)
         values.append(line)
     tried = sum(len(rows) for rows in by_arm.values())
@@ -158,7 +165,11 @@ def _matrix(by_arm: Mapping[str, Rows], categories: Sequence[str]) -> dict[str, 
 
 
 def _passed(
-    title: str, attacks: Sequence[str], columns: Sequence[str], found: Sequence[Found], replayed: Mapping[str, Mapping[str, float | None]]
+    title: str,
+    attacks: Sequence[str],
+    columns: Sequence[str],
+    found: Sequence[Found],
+    replayed: Mapping[str, Mapping[str, float | None]],
 ) -> dict[str, Any]:
     values: list[list[float | None]] = []
     for attack in attacks:

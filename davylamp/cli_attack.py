@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from davylamp.cli import FREE, _decide, _extra, _gate, _limits, _print, _report, _rules, _settings, asks_target, json_option, main
+from davylamp.cli import (
+    FREE,
+    _decide,
+    _extra,
+    _gate,
+    _limits,
+    _print,
+    _report,
+    _rules,
+    _settings,
+    asks_target,
+    json_option,
+    main,
+)
 
 
 def _common(options: dict[str, Any]) -> dict[str, Any]:
@@ -30,15 +42,22 @@ def _common(options: dict[str, Any]) -> dict[str, Any]:
 
 
 defence_option: Callable[..., Any] = click.option(
-    "--defence", "defences", multiple=True, help="hardening, reminder, perplexity:…, paraphrase:…, guard:name=…; again for more."
+    "--defence",
+    "defences",
+    multiple=True,
+    help="hardening, reminder, perplexity:…, paraphrase:…, guard:name=…; again for more.",
 )
-judge_option: Callable[..., Any] = click.option("--judge", "-j", help="Judge of success, measures complied or unsafe [default: the suite's].")
+judge_option: Callable[..., Any] = click.option(
+    "--judge", "-j", help="Judge of success, measures complied or unsafe [default: the suite's]."
+)
 
 
 @main.command("attack", context_settings=FREE)
 @click.argument("name")
 @click.option("--suite", "-s", required=True, help="Requests to refuse: a suite's name or ROWS.jsonl.")
-@click.option("--target", "-t", required=True, help="What is attacked, e.g. openai/MODEL@URL, hf/PATH, organism/aligned.")
+@click.option(
+    "--target", "-t", required=True, help="What is attacked, e.g. openai/MODEL@URL, hf/PATH, organism/aligned."
+)
 @click.option("--budget", type=int, default=10, show_default=True, help="Questions a case.")
 @judge_option
 @defence_option
@@ -69,7 +88,12 @@ def attack_command(
 
 @main.command("redteam")
 @click.argument("target")
-@click.option("--suite", "-s", default="", help="Requests to refuse: a suite's name or ROWS.jsonl [default for organisms: theirs].")
+@click.option(
+    "--suite",
+    "-s",
+    default="",
+    help="Requests to refuse: a suite's name or ROWS.jsonl [default for organisms: theirs].",
+)
 @click.option("--attack", "attacks", multiple=True, help="Use only this attack; again for more.")
 @click.option("--budget", type=int, default=500, show_default=True, help="Questions in all.")
 @click.option("--per-case", type=int, default=8, show_default=True, help="Most questions of one attack on one case.")
@@ -91,7 +115,19 @@ def redteam_command(target: str, as_json: bool, fail_if: tuple[str, ...], **opti
     from davylamp.campaign import run_redteam
 
     rules = _rules(fail_if)
-    names = ("suite", "attacks", "budget", "per_case", "rounds", "attacker", "translator", "defences", "transfer", "benign", "shorten")
+    names = (
+        "suite",
+        "attacks",
+        "budget",
+        "per_case",
+        "rounds",
+        "attacker",
+        "translator",
+        "defences",
+        "transfer",
+        "benign",
+        "shorten",
+    )
     folder, record = run_redteam(target, **{name: options[name] for name in names}, **_common(options))
     decisions = _decide(rules, record)
     _report(folder, [folder], title=f"Red team of {target}", decisions=decisions)

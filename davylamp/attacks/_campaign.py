@@ -154,7 +154,14 @@ class Campaign:
         self.by_category: dict[str, list[Case]] = defaultdict(list)
         for case in cases:
             self.by_category[case.category or "all"].append(case)
-        self.judge, self.budget, self.allowance, self.rounds, self.stop, self.seed = judge, budget, allowance, rounds, stop, seed
+        self.judge, self.budget, self.allowance, self.rounds, self.stop, self.seed = (
+            judge,
+            budget,
+            allowance,
+            rounds,
+            stop,
+            seed,
+        )
         self.state = State()
         self.bandit = Bandit(allowance=allowance, rng=np.random.default_rng([seed, 1]), even=even)
         self._back: dict[str, tuple[Finding, int]] = {}
@@ -176,7 +183,7 @@ class Campaign:
         for arm in self.arms:
             for category, cases in self.by_category.items():
                 left = [case for case in cases if self.state.tries[arm, case.id] < self.rounds]
-                self._queues[arm, category] = deque(sorted(left, key=lambda case: self.state.tries[arm, case.id]))  # noqa: B023  used at once
+                self._queues[arm, category] = deque(sorted(left, key=lambda case: self.state.tries[arm, case.id]))
         progress = progress or Live()
         progress.state, progress.budget, progress.cases = self.state, self.budget, len(self.cases)
         before = -1

@@ -66,7 +66,9 @@ async def encoding(
                 text = order.replace("{code}", TOLD[name]).replace("{text}", text)
             elif order != ORDERS[0] and asking.queries >= len(names):
                 continue  # a code that needs no explaining has but one wording
-            if await asking.ask(asking.saying(text), seed=draw_seed(rng), read=lambda reply, name=name: decoded(reply, name)):  # type: ignore[misc]
+            if await asking.ask(
+                asking.saying(text), seed=draw_seed(rng), read=lambda reply, name=name: decoded(reply, name)
+            ):  # type: ignore[misc]
                 return asking.finding()
     return asking.finding()
 

@@ -69,7 +69,9 @@ async def gcg(
                 continue
             found = task.losses(tried)
             best = int(found.argmin())
-            if float(found[best]) < loss:  # the paper takes the best swap even where it is worse; a small model then walks off
+            if (
+                float(found[best]) < loss
+            ):  # the paper takes the best swap even where it is worse; a small model then walks off
                 ids, loss = tried[best], float(found[best])
         await asking.ask(asking.saying(f"{asking.request} {task.text(ids)}"), seed=draw_seed(rng))
     return asking.finding()
@@ -82,17 +84,22 @@ def white_box(target: Any) -> tuple[Any, Any]:
         if hasattr(seen, "model") and hasattr(seen, "tokenizer"):
             return seen.model, seen.tokenizer
         seen = getattr(seen, "target", None)
-    raise InputError(f"gcg needs gradients; {getattr(target, 'name', 'the target')} offers text. Take hf/PATH or organism/NAME")
+    raise InputError(
+        f"gcg needs gradients; {getattr(target, 'name', 'the target')} offers text. Take hf/PATH or organism/NAME"
+    )
 
 
 @dataclass(frozen=True)
 class SuffixTask:
-    """A prompt with a hole and the reply to make likely. before, after, goal: token ids around the suffix and of the reply's opening."""
+    """A prompt with a hole and the reply to make likely. before, after: the text around
+    the suffix; head, tail: its tokens; goal: tokens of the opening."""
 
     model: Any
     tokenizer: Any
     before: str
     after: str
+    head: list[int]
+    tail: list[int]
     goal: list[int]
 
     @classmethod
@@ -103,28 +110,22 @@ class SuffixTask:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         before, mark, after = text.partition(MARK)
         if not mark:
-            raise InputError("the model's chat template changes the user's text, so that gcg finds no place for its suffix")
+            raise InputError(
+                "the model's chat template changes the user's text, so that gcg finds no place for its suffix"
+            )
         ids = list(tokenizer(goal, add_special_tokens=False)["input_ids"])
         if not ids:
             raise InputError(f"the goal {goal!r} has no tokens in this model")
-        return cls(model, tokenizer, before, after, ids)
+        head, tail = (list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
+        return cls(model, tokenizer, before, after, head, tail, ids)
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)).strip()
 
-    def pieces(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(tokens before, tokens after) the suffix."""
-        encode = self.tokenizer
-        return (
-            list(encode(self.before, add_special_tokens=False)["input_ids"]),
-            list(encode(self.after, add_special_tokens=False)["input_ids"]),
-        )
-
     def survives(self, ids: Sequence[int]) -> bool:
         """Whether the suffix, written as text in its place, is read as these tokens again."""
-        before, after = self.pieces(ids)
         whole = self.tokenizer(f"{self.before}{self.text(ids)}{self.after}", add_special_tokens=False)["input_ids"]
-        return list(whole) == [*before, *ids, *after]
+        return list(whole) == [*self.head, *ids, *self.tail]
 
     def start(self, allowed: torch.Tensor, length: int, rng: Generator) -> list[int]:
         """A first suffix: one token again and again, or a drawn one. Raises InputError if none survives as text."""
@@ -137,22 +138,22 @@ class SuffixTask:
 
     def losses(self, many: Sequence[Sequence[int]]) -> torch.Tensor:
         """(rows,) mean negative log-likelihood of the goal, in nats a token, after each suffix. All suffixes have one length."""
-        before, after = self.pieces(many[0])
-        rows = [[*before, *ids, *after, *self.goal] for ids in many]
+        rows = [[*self.head, *ids, *self.tail, *self.goal] for ids in many]
         with torch.inference_mode():
             logits = self.model(input_ids=torch.tensor(rows, device=self.model.device)).logits
         return _goal_loss(logits, self.goal)
 
     def gradient(self, ids: Sequence[int]) -> torch.Tensor:
         """(length, vocabulary): the gradient of the loss by the one-hot rows of the suffix (equation 4 of the paper)."""
-        before, after = self.pieces(ids)
         table = self.model.get_input_embeddings().weight
-        one_hot = F.one_hot(torch.tensor(list(ids), device=table.device), table.shape[0]).to(table.dtype).requires_grad_()
+        one_hot = (
+            F.one_hot(torch.tensor(list(ids), device=table.device), table.shape[0]).to(table.dtype).requires_grad_()
+        )
 
         def embed(tokens: Sequence[int]) -> torch.Tensor:
             return table[torch.tensor(list(tokens), dtype=torch.long, device=table.device)].detach()
 
-        whole = torch.cat([embed(before), one_hot @ table.detach(), embed(after), embed(self.goal)])
+        whole = torch.cat([embed(self.head), one_hot @ table.detach(), embed(self.tail), embed(self.goal)])
         with torch.enable_grad():
             loss = _goal_loss(self.model(inputs_embeds=whole[None]).logits, self.goal)[0]
             (gradient,) = torch.autograd.grad(loss, one_hot)

@@ -65,7 +65,9 @@ async def injection(
     return asking.finding()
 
 
-def planted(payload: str, carrier: str, *, style: str = "combined", at: int = 6, task: str = TASK) -> tuple[Message, ...]:
+def planted(
+    payload: str, carrier: str, *, style: str = "combined", at: int = 6, task: str = TASK
+) -> tuple[Message, ...]:
     """The conversation of a user with `task` about a harmless text that holds `payload` after its sentence number `at` (0 to 6).
 
     carrier: document or tool.  style: a key of STYLES.  For suites of agents too: the texts are fixed, nothing is drawn.

@@ -41,8 +41,10 @@ async def translate(
         raise InputError(f"instruction of translate must hold one {{request}}, got {instruction.count('{request}')}")
     asking = Asking(target, case, judge, budget)
     names = shuffled(chosen(speaks, languages, "translate"), rng)
-    said = {name: "" for name in names}
-    while not asking.done:  # a second round asks the same again: with a sampling target that is best-of-n in each language
+    said = dict.fromkeys(names, "")
+    while (
+        not asking.done
+    ):  # a second round asks the same again: with a sampling target that is best-of-n in each language
         for name in names:
             said[name] = said[name] or await speaks.to(asking.request, name)
             text = instruction.replace("{request}", said[name]) if instruction else said[name]
