@@ -54,7 +54,7 @@ class Bandit:
     """Which attack on which category next: Thompson sampling on weaknesses found per question.
 
     A pair's chance of success has a Beta posterior whose prior is worth two trials at the attack's rate over all categories, so that what
-    was learnt in one category speaks, softly, in the next. The index is a draw of the chance over the pair's mean cost in questions.
+    was learnt in one category speaks, softly, in the next. Tried next is the largest draw of a chance over the pair's mean cost in questions.
     `even` takes the pair that was tried least instead: the control.
     """
 
@@ -73,18 +73,25 @@ class Bandit:
         self.whole[attack, round_][0] += found
         self.whole[attack, round_][1] += 1
 
-    def index(self, attack: str, category: str, round_: int, running: int) -> float:
-        """The larger, the sooner.  running: trials of this pair that are not back yet; each counts as a miss until it is."""
-        pair = (attack, category, round_)
+    def best(self, pairs: Sequence[tuple[str, str, int]], running: Mapping[tuple[str, str, int], int]) -> int:
+        """Which of these (attack, category, round) to try next, by number.  running: trials that are not back yet; each counts as a miss
+        until it is."""
         if self.even:
-            return -float(self.trials[pair] + running) - 1e6 * round_ + 1e-6 * self.rng.random()
-        found, tried = self.whole[attack, round_]
-        # A second round on the same case starts low: the first one has failed there.
-        mean = (found + (0.5 if round_ == 0 else 0.05)) / (tried + 1)
-        hits, misses = self.hits[pair], self.trials[pair] - self.hits[pair] + running
-        chance = self.rng.beta(2 * mean + hits, 2 * (1 - mean) + misses)
-        cost = (self.cost[pair] + self.allowance) / (self.trials[pair] + 1)
-        return float(chance / cost)
+            tie = self.rng.random(len(pairs))
+            return min(
+                range(len(pairs)),
+                key=lambda i: (pairs[i][2], self.trials[pairs[i]] + running.get(pairs[i], 0), tie[i]),
+            )
+        hits, misses, costs = [], [], []
+        for pair in pairs:
+            found, tried = self.whole[pair[0], pair[2]]
+            # A second round on the same case starts low: the first one has failed there.
+            mean = (found + (0.5 if pair[2] == 0 else 0.05)) / (tried + 1)
+            hit, trials = self.hits.get(pair, 0), self.trials.get(pair, 0)
+            hits.append(2 * mean + hit)
+            misses.append(2 * (1 - mean) + trials - hit + running.get(pair, 0))
+            costs.append((self.cost.get(pair, 0) + self.allowance) / (trials + 1))
+        return int(np.argmax(self.rng.beta(hits, misses) / costs))
 
 
 @dataclass(slots=True)
@@ -231,22 +238,21 @@ class Campaign:
             yield replace(case, id=f"{case.id}|{arm}|{round_}", group=case.group or case.id, meta=meta)
 
     def _pick(self) -> tuple[str, Case, int] | None:
-        best, value = None, -np.inf
-        for (arm, category), queue in self._queues.items():
-            case = self._idle(queue)
-            if case is None:
-                continue
-            round_ = self.state.tries[arm, case.id]
-            got = self.bandit.index(arm, category, round_, self.state.out[arm, category, round_])
-            if got > value:
-                best, value = (arm, case, round_), got
-        if best is not None:
-            arm, case, round_ = best
-            queue = self._queues[arm, case.category or "all"]
-            queue.popleft()
-            if round_ + 1 < self.rounds:
-                queue.append(case)
-        return best
+        found = [
+            (arm, category, case)
+            for (arm, category), queue in self._queues.items()
+            if (case := self._idle(queue)) is not None
+        ]
+        if not found:
+            return None
+        pairs = [(arm, category, self.state.tries[arm, case.id]) for arm, category, case in found]
+        picked = self.bandit.best(pairs, self.state.out)
+        (arm, category, round_), case = pairs[picked], found[picked][2]
+        queue = self._queues[arm, category]
+        queue.popleft()
+        if round_ + 1 < self.rounds:
+            queue.append(case)
+        return arm, case, round_
 
     def _idle(self, queue: deque[Case]) -> Case | None:
         """The first case of a queue that may be attacked now, moved to its front. Two attacks at a time on one case would often pay twice
