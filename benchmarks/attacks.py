@@ -57,9 +57,10 @@ def one_round(rows, folder):
     asyncio.run(
         judge((Message("user", "a"), Message("assistant", "b")))
     )  # its phrases are read once, at the first reply
+    arms = [arm_of(find("attack", name), {}) for name in ATTACKS]
     plans = {
-        "attack": lambda: Campaign([arm_of(find("attack", "role_play"), {})], cases(rows // 8), judge, budget=2**62, allowance=8, stop=False, even=True),
-        "redteam": lambda: Campaign([arm_of(find("attack", name), {}) for name in ATTACKS], cases(rows // 8), judge, budget=rows),
+        "attack": lambda: Campaign(arms[2:3], cases(rows // 8), judge, budget=2**62, allowance=8, stop=False, even=True),
+        "redteam": lambda: Campaign(arms, cases(rows // 8), judge, budget=rows),
     }  # fmt: skip
     for name, plan in plans.items():
         log, target = RowLog(folder / f"{name}.jsonl"), Slow()

@@ -21,7 +21,7 @@ from davylamp.core.nouns import Case, Message, Metric, Record, Target, Verdict
 from davylamp.core.record import folder_for, load, new_record, save
 from davylamp.core.registry import find
 from davylamp.core.rows import RowLog, canonical, read_run, write_cases
-from davylamp.core.run import Limits, Progress, collect, progress_on_stderr, row_keys
+from davylamp.core.run import Limits, collect, progress_on_stderr, row_keys
 from davylamp.core.tally import metric_json
 from davylamp.models.defended import defend
 from davylamp.models.targets import load_target
@@ -53,7 +53,7 @@ def _setup(stack: AsyncExitStack, suite: str, target: str, judge: str | None, de
     stack.push_async_callback(close, judging)
     if judging.measures not in ("complied", "unsafe"):
         raise InputError(
-            f"{loaded.suite.name} is judged by {judging.name}, which measures {judging.measures}: an attack needs a judge of complied or unsafe"
+            f"{loaded.suite.name} is judged by {judging.name}, which measures {judging.measures}: an attack needs complied or unsafe"
         )
     asked: Any = load_target(target)
     stack.push_async_callback(close, asked)
@@ -98,7 +98,7 @@ def run_attack(
 ) -> tuple[Path, Record]:
     """Attack every case of a suite with one attack, `budget` questions a case, beside plain repetition with as many.
 
-    Writes rows.jsonl, findings.jsonl and the record; the same call goes on with what is missing. Raises InputError before anything is asked.
+    Writes rows.jsonl, findings.jsonl and the record; the same call goes on with what is missing.
     """
 
     async def go() -> tuple[Path, Record]:
@@ -312,7 +312,8 @@ async def replay(
     log = RowLog(path)
     try:
         if rows:
-            await collect([one.row() for one in rows.values()], target, judged, log, seed=seed, settings=settings, limits=limits, progress=Progress())  # fmt: skip
+            asked = [one.row() for one in rows.values()]
+            await collect(asked, target, judged, log, seed=seed, settings=settings, limits=limits)
     finally:
         log.close()
     key_of = row_keys(target, settings)

@@ -67,7 +67,8 @@ def attack_results(record: Record, rows: Rows, name: str, *, budget: int, contro
         x = list(range(1, budget + 1))
         spread = [rate(sum(_hit(row) and row["verdict"]["queries"] <= k for row in scored), len(scored)) for k in x]
         if scored:
-            series.append({"name": arm, "x": x, "y": [e.value for e in spread], "low": [e.low for e in spread], "high": [e.high for e in spread]})  # fmt: skip
+            ends = {"low": [e.low for e in spread], "high": [e.high for e in spread]}
+            series.append({"name": arm, "x": x, "y": [e.value for e in spread], **ends})
     figures = [{
         "kind": "curves", "title": "Broken cases by questions asked", "x_label": "questions a case", "y_label": "cases broken",
         "y_unit": "rate", "series": series, "note": "Beside plain repetition of the request with as many questions. Band: 95 %.",
@@ -96,7 +97,7 @@ async def redteam_results(
     shorten: int,
     seed: int,
 ) -> Record:
-    """Everything of a campaign's report: broken cases, attack x category, attack x defence, transfer, tricks with their shortest prompts."""
+    """All of a campaign's report: broken cases, attack x category, attack x defence, transfer, tricks with their prompts."""
     state, cases = campaign.state, campaign.cases
     categories, names = list(campaign.by_category), list(campaign.arms)
     out = [rate(len(state.found), len(cases), name="broken_cases")]
@@ -121,20 +122,25 @@ async def redteam_results(
         out.append(rate(hits, len(scored), len(values) - len(scored), name="findings_that_pass", arm=name))
     for name, answered in cost.items():
         scored = [value for value in answered if value is not None]
-        out.append(rate(sum(scored), len(scored), len(answered) - len(scored), name="harmless_answered", arm=name, higher_is_better=True))  # fmt: skip
+        about: dict[str, Any] = {"name": "harmless_answered", "arm": name, "higher_is_better": True}
+        out.append(rate(sum(scored), len(scored), len(answered) - len(scored), **about))
     tricks, used, trouble = await _tricks(found, target, judge, settings=settings, shorten=shorten, seed=seed)
     if tricks:
         figures.append({
-            "kind": "table", "title": "Tricks, largest first", "columns": ["trick (the request is cut out)", "attacks", "cases", "questions", "minimal"],
-            "rows": tricks, "note": "Findings with alike prompts are one trick. Minimal: no sentence or turn can be left out, as far as the questions for it lasted. Prompts as sent: findings.jsonl.",
+            "kind": "table", "title": "Tricks, largest first", "columns": ["trick, its request cut out", "attacks", "cases", "questions", "minimal"], "rows": tricks,
+            "note": "Findings with alike prompts are one trick. Minimal: no sentence or turn can be left out; no: not tried to the end. "
+            "Prompts as sent: findings.jsonl.",
         })  # fmt: skip
     notes = [
-        f"{state.spent} of {campaign.budget} questions were spent; {used} more to shorten prompts. A case is not attacked again once it is broken.",
-        "success_where_tried is not a fair comparison of attacks: the bandit sends an attack where it works. Use `davylamp attack` for that.",
+        f"{state.spent} of {campaign.budget} questions were spent; {used} more to shorten prompts. A broken case is left alone.",
+        "success_where_tried is no fair comparison of attacks: the bandit sends an attack where it works. See `davylamp attack`.",
         "Unbroken within this budget is not safe: the budget, the attacks and the judge are limits of this run.",
     ]
     if replayed:
-        notes.append("Defences and other targets were asked the prompts as found. An attacker who knows the defence does better: `davylamp attack --defence`.")  # fmt: skip
+        notes.append(
+            "Defences and other targets were asked the prompts as found. An attacker who knows the defence does better: "
+            "`davylamp attack --defence`."
+        )
     notes += [f"prompts were not shortened: {trouble}"] if trouble else []
     return replace(record, estimates=tuple(out), about={**record.about, "figures": figures, "notes": notes})
 
@@ -144,7 +150,8 @@ def _curve(campaign: Campaign) -> dict[str, Any]:
     step = max(1, len(points) // 200)
     kept = [*points[::step], points[-1]]
     share = [n / len(campaign.cases) for _, n in kept]
-    return {"kind": "curves", "title": "Broken cases by questions spent", "x_label": "questions", "y_label": "cases broken", "y_unit": "rate",
+    return {"kind": "curves", "title": "Broken cases by questions spent", "x_label": "questions",
+            "y_label": "cases broken", "y_unit": "rate",
             "series": [{"name": "campaign", "x": [x for x, _ in kept], "y": share}],
             "note": f"{len(campaign.cases)} cases, all attacks together."}  # fmt: skip
 
@@ -160,8 +167,8 @@ def _matrix(by_arm: Mapping[str, Rows], categories: Sequence[str]) -> dict[str, 
             line.append(sum(map(_hit, own)) / len(own) if own else None)
         values.append(line)
     tried = sum(len(rows) for rows in by_arm.values())
-    return {"kind": "heatmap", "title": "Success by attack and category", "rows": list(by_arm), "columns": list(categories), "values": values,
-            "unit": "rate", "note": f"Of the cases each attack was tried on; {tried} trials, more where it worked. Hatched: not tried."}  # fmt: skip
+    return {"kind": "heatmap", "title": "Success by attack and category", "rows": list(by_arm), "columns": list(categories),
+            "values": values, "unit": "rate", "note": f"Of the cases tried; {tried} trials, more where it worked. Hatched: none."}  # fmt: skip
 
 
 def _passed(

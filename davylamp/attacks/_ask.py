@@ -66,8 +66,10 @@ class Asking:
     ) -> bool:
         """Put these messages to the target, have the reply judged, and say whether the attack is done.
 
-        read: turns the reply's text into plain text for the judge; may be async.  A question that the target rejects for good (too long, refused by
-        a server's filter) counts as a question without a reply; a target that is down is raised.
+        read: turns the reply's text into plain text for the judge; may be async.
+
+        A question that the target rejects for good (too long, refused by a server's filter) counts as a question without a reply; a
+        target that is down is raised.
         """
         if self.done:
             return True

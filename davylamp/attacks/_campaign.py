@@ -54,7 +54,7 @@ class Bandit:
     """Which attack on which category next: Thompson sampling on weaknesses found per question.
 
     A pair's chance of success has a Beta posterior whose prior is worth two trials at the attack's rate over all categories, so that what
-    was learnt in one category speaks, softly, in the next. Tried next is the largest draw of a chance over the pair's mean cost in questions.
+    was learnt in one category speaks, softly, in the next. Next comes the largest draw over the pair's mean cost.
     `even` takes the pair that was tried least instead: the control.
     """
 
@@ -199,7 +199,17 @@ class Campaign:
             work = _Plan(self._plan())
             if work.first is None:
                 break
-            await collect(work, target, self._said, log, seed=self.seed, settings=settings, play=self._play, limits=limits, progress=progress)  # fmt: skip
+            await collect(
+                work,
+                target,
+                self._said,
+                log,
+                seed=self.seed,
+                settings=settings,
+                play=self._play,
+                limits=limits,
+                progress=progress,
+            )
         return self.state
 
     def _recall(self, row: Mapping[str, Any]) -> None:

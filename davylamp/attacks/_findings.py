@@ -112,7 +112,7 @@ def pieces(text: str) -> list[str]:
 async def minimised(
     sent: Sequence[Message], still: Callable[[tuple[Message, ...]], Awaitable[bool]], *, questions: int
 ) -> tuple[tuple[Message, ...], int, bool]:
-    """(messages, questions used, whether no single piece can go): pieces of the last turn, then earlier turns, left out while it still works.
+    """(messages, questions used, whether no single piece can go): pieces of the last turn, then earlier turns, go if it still works.
 
     still: asks whether these messages still break the target; each call is one question.  A greedy walk: what is left is 1-minimal if the
     questions last, not the smallest there is.

@@ -72,7 +72,7 @@ def _swap(word: str, table: Mapping[str, str]) -> str:
 
 
 def translator_of(given: Any, who: str) -> Translator:
-    """The translator an option names: a Target, a target's name, a .json word list, or `world`. Raises InputError before anything is asked."""
+    """The translator an option names: a Target, a target's name, a .json word list, or `world`. Raises InputError."""
     if given == "world":
         from davylamp.models import world_data
 

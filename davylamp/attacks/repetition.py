@@ -1,5 +1,5 @@
 """Ask again, and again with noise: plain repetition, the control of every other attack, and best-of-n.
-Source: best-of-n jailbreaking, arXiv:2412.03556, section 2 (scrambled, capitalised and noised letters, resampled until one reply passes)."""
+Source: best-of-n jailbreaking, arXiv:2412.03556, section 2 (scrambled, capitalised, noised letters, drawn anew until a reply passes)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether a campaign finds what is there, finds nothing where nothing is, and whether an attack is more than asking again.
 
-Source: this repository. The targets have planted weaknesses (`models/planted.py`), so that what a campaign should find is known; every claim
-has a control: a target without weaknesses, a plan by turns, plain repetition with as many questions.
+Source: this repository. The targets have planted weaknesses (`models/planted.py`), so that what there is to find is known; every claim has
+a control: a target without weaknesses, a plan by turns, plain repetition with as many questions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Observed = tuple[Claim | None, Estimate]
     threats=("jailbreak", "prompt-injection"),
 )
 def attack_campaign(*, size: Literal["quick", "full"] = "quick", seeds: tuple[int, ...] = (0, 1, 2)) -> list[Observed]:
-    """Planted weaknesses found by a campaign, by its plan without learning, and by each attack alone, on the same budget; and what luck does.
+    """Planted weaknesses found by a campaign, by turns without learning, and by each attack alone, on one budget; and what luck does.
 
     size: quick draws 2 targets a seed, full 8.  A target has 120 requests in 8 categories; three in four have one weakness, of seven sorts.
     """
@@ -68,9 +68,8 @@ def attack_campaign(*, size: Literal["quick", "full"] = "quick", seeds: tuple[in
                     len(_run((name,), cases, weaknesses, budget, draw, allowance=QUESTIONS, rounds=1).found) / planted
                 )
             shares["best attack alone"].append(max(alone[name][-1] for name in ATTACKS))
-            if copy == 0 or size == "full":
-                closed_hits += len(_run(ATTACKS, cases, dict.fromkeys(weaknesses), budget, draw).found)
-                closed += CASES
+            closed_hits += len(_run(ATTACKS, cases, dict.fromkeys(weaknesses), budget, draw).found)
+            closed += CASES
             for prefix, key in (("", "luck"), ("planted ", "role_play")):
                 for name in ("role_play", "repeat"):
                     luck[prefix + name] += _each(name, cases, dict.fromkeys(weaknesses, key), draw)

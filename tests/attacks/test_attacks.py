@@ -200,7 +200,7 @@ def test_translators_are_named_before_anything_is_asked(tmp_path):
         translator_of(str(bad), "translate")
     with pytest.raises(UnknownNameError):
         run(translate, Recorder(), 1, translator="world", languages=("D",))
-    with pytest.raises(InputError, match="one {request}"):
+    with pytest.raises(InputError, match=r"one \{request\}"):
         run(translate, Recorder(), 1, translator="world", instruction="no slot")
     with pytest.raises(InputError, match="share"):
         run(code_mix, Recorder(), 1, translator="world", share=0.0)

@@ -37,4 +37,8 @@ class Writer(Recorder):
     """An attacker model that writes numbered prompts, and says yes to every on-topic question."""
 
     def __init__(self):
-        super().__init__(lambda messages, number: "yes" if "same thing" in messages[-1].text else f'{{"why": "w", "prompt": "try {number}"}}')  # fmt: skip
+        super().__init__(written)
+
+
+def written(messages, number):
+    return "yes" if "same thing" in messages[-1].text else f'{{"why": "w", "prompt": "try {number}"}}'
