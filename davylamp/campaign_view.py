@@ -127,7 +127,8 @@ async def redteam_results(
     tricks, used, trouble = await _tricks(found, target, judge, settings=settings, shorten=shorten, seed=seed)
     if tricks:
         figures.append({
-            "kind": "table", "title": "Tricks, largest first", "columns": ["trick, its request cut out", "attacks", "cases", "questions", "minimal"], "rows": tricks,
+            "kind": "table", "title": "Tricks, largest first", "rows": tricks,
+            "columns": ["trick, its request cut out", "attacks", "cases", "questions", "minimal"],
             "note": "Findings with alike prompts are one trick. Minimal: no sentence or turn can be left out; no: not tried to the end. "
             "Prompts as sent: findings.jsonl.",
         })  # fmt: skip
@@ -168,7 +169,8 @@ def _matrix(by_arm: Mapping[str, Rows], categories: Sequence[str]) -> dict[str, 
         values.append(line)
     tried = sum(len(rows) for rows in by_arm.values())
     return {"kind": "heatmap", "title": "Success by attack and category", "rows": list(by_arm), "columns": list(categories),
-            "values": values, "unit": "rate", "note": f"Of the cases tried; {tried} trials, more where it worked. Hatched: none."}  # fmt: skip
+            "values": values, "unit": "rate",
+            "note": f"Of the cases tried; {tried} trials, more where it worked. Hatched: none."}  # fmt: skip
 
 
 def _passed(

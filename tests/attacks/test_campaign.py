@@ -260,8 +260,9 @@ def newest(verb):
 
 
 def test_redteam_from_end_to_end(desk):
-    words = ("redteam", "python/planted.py:answer", "--suite", "rows.jsonl", "--judge", "refusal", "--budget", "700", "--defence", "reminder",
-             "--defence", "guard:name=refusal", "--transfer", "python/planted.py:closed", "--benign", "harmless.jsonl", "--quiet")  # fmt: skip
+    words = ("redteam", "python/planted.py:answer", "--suite", "rows.jsonl", "--judge", "refusal", "--budget", "700",
+             "--defence", "reminder", "--defence", "guard:name=refusal", "--transfer", "python/planted.py:closed",
+             "--benign", "harmless.jsonl", "--quiet")  # fmt: skip
     run(*words)
     folder = newest("redteam")
     record = load(folder)
