@@ -101,6 +101,8 @@ def run_attack(
     Writes rows.jsonl, findings.jsonl and the record; the same call goes on with what is missing.
     """
 
+    _at_least_one(budget=budget)
+
     async def go() -> tuple[Path, Record]:
         async with AsyncExitStack() as stack:
             own = _arm(stack, name, options or {})
@@ -121,7 +123,7 @@ def run_attack(
             )
             record = _begin("attack", own.name, inputs, command)
 
-            async def after(folder: Path, log: RowLog, record: Record) -> Record:
+            async def after(folder: Path, log: RowLog, record: Record, whole: bool) -> Record:
                 return attack_results(record, list(read_run(log.path)), own.name, budget=budget, control=len(arms) > 1)
 
             return await _carry_out(record, campaign, setup, asked, limits, runs, quiet, after)
@@ -158,6 +160,9 @@ def run_redteam(
     benign: a suite of harmless requests, to show what each defence costs.  shorten: questions spent to shorten the prompt of each trick,
     outside the budget (0: none).
     """
+    _at_least_one(budget=budget, per_case=per_case, rounds=rounds)
+    if shorten < 0:
+        raise InputError(f"shorten must be 0 or more, got {shorten}")
     organism = speaks_the_organisms_language(target)
     if not suite and not organism:
         raise InputError("redteam needs requests that the target should refuse: --suite NAME or --suite ROWS.jsonl")
@@ -198,32 +203,42 @@ def run_redteam(
             )
             record = _begin("redteam", setup.suite.suite.name, inputs, command)
 
-            async def after(folder: Path, log: RowLog, record: Record) -> Record:
+            async def after(folder: Path, log: RowLog, record: Record, whole: bool) -> Record:
                 found = findings(log, campaign.cases)
-                replayed = {
-                    name: await replay(
-                        found, other, setup.judge, folder / "replay.jsonl", settings=asked, limits=limits, seed=seed
-                    )
-                    for name, other in others.items()
-                }
-                cost = {
-                    name: await harmless_answered(
-                        harmless, other, folder / "benign.jsonl", limits=limits, seed=seed, settings=settings
-                    )
-                    for name, other in (
-                        ("none", setup.target),
-                        *((spec, others[spec]) for spec in dict.fromkeys(defences)),
-                    )
-                    if harmless
-                }
-                return await redteam_results(
+                replayed, cost, trouble = {}, {}, []
+                shields = [("none", setup.target), *((spec, others[spec]) for spec in dict.fromkeys(defences))]
+                for name, other in others.items() if whole else ():
+                    path = folder / "replay.jsonl"
+                    try:
+                        await replay(found, other, setup.judge, path, settings=asked, limits=limits, seed=seed)
+                    except (
+                        DavylampError
+                    ) as problem:  # the campaign itself is done and paid for: it is reported all the same
+                        trouble.append(f"findings not all put to {name}: {problem}")
+                    replayed[name] = replayed_values(found, other, path, settings=asked, seed=seed)
+                for name, other in shields if whole and harmless else ():
+                    assert harmless is not None
+                    try:
+                        cost[name] = await harmless_answered(
+                            harmless, other, folder / "benign.jsonl", limits=limits, seed=seed, settings=settings
+                        )
+                    except DavylampError as problem:
+                        trouble.append(f"harmless requests not put to {name}: {problem}")
+                record = await redteam_results(
                     record, campaign, list(read_run(log.path)), found, replayed, cost, setup.target, setup.judge,
-                    settings=asked, defences=defences, shorten=shorten, seed=seed,
+                    settings=asked, defences=defences, shorten=shorten if whole else 0, seed=seed,
                 )  # fmt: skip
+                return replace(record, about={**record.about, "notes": [*record.about["notes"], *trouble]})
 
             return await _carry_out(record, campaign, setup, asked, limits, runs, quiet, after)
 
     return asyncio.run(go())
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(f"{name.replace('_', '-')} must be 1 or more, got {value}")
 
 
 def _inputs(setup: Setup, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -259,7 +274,7 @@ async def _carry_out(
             problem = stopped
         if isinstance(problem, InputError):
             raise problem
-        record = await after(folder, log, record) if problem is None else record
+        record = await after(folder, log, record, problem is None)
         found = findings(log, campaign.cases)
         if found:
             write_cases(
@@ -298,10 +313,10 @@ async def replay(
     settings: Mapping[str, Any],
     limits: Limits | None = None,
     seed: int = 0,
-) -> dict[str, float | None]:
-    """Put the prompt of every finding to another target, once: (case|attack) -> verdict's value, None where there is none.
+) -> None:
+    """Put the prompt of every finding to another target, once, into the log at `path`. What it holds already is not asked again.
 
-    The judge sees the request of the case, as in the attack. What `path` holds already is not asked again.
+    The judge sees the request of the case, as in the attack.
     """
     rows = {one.row().id: one for one in found}
 
@@ -316,10 +331,16 @@ async def replay(
             await collect(asked, target, judged, log, seed=seed, settings=settings, limits=limits)
     finally:
         log.close()
+
+
+def replayed_values(
+    found: Sequence[Found], target: Target, path: Path, *, settings: Mapping[str, Any], seed: int = 0
+) -> dict[str, float | None]:
+    """What `replay` has logged of this target: row's id -> the verdict's value, None where there is none."""
     key_of = row_keys(target, settings)
-    keys = {key_of(canonical(one.row().json()), seed): name for name, one in rows.items()}
-    values: dict[str, float | None] = dict.fromkeys(rows)
-    for row in read_run(path) if rows else ():
+    keys = {key_of(canonical(one.row().json()), seed): one.row().id for one in found}
+    values: dict[str, float | None] = dict.fromkeys(keys.values())
+    for row in read_run(path) if keys and path.is_file() else ():
         if row["key"] in keys:
             values[keys[row["key"]]] = (row.get("verdict") or {}).get("value")
     return values

@@ -315,6 +315,18 @@ def test_redteam_from_end_to_end(desk):
     assert (folder / "rows.jsonl").read_bytes()[: len(before)] == before and load(folder).counts["questions"] <= 700
 
 
+def test_a_transfer_target_that_is_down_costs_no_campaign(desk):
+    Path("down.py").write_text(
+        "from davylamp.core.errors import TargetError\ndef answer(messages, *, seed=0, **settings):\n    raise TargetError('it is down')\n"
+    )
+    run("redteam", "python/planted.py:answer", "--suite", "rows.jsonl", "--judge", "refusal", "--budget", "200", "--transfer",
+        "python/down.py:answer", "--quiet")  # fmt: skip
+    record = load(newest("redteam"))
+    passed = next(e for e in record.estimates if e.name == "findings_that_pass")
+    assert passed.value is None and passed.unscored == record.counts["broken"] > 0
+    assert any("it is down" in note for note in record.about["notes"])
+
+
 def test_redteam_of_a_closed_target_finds_nothing(desk):
     run("redteam", "python/planted.py:closed", "--suite", "rows.jsonl", "--judge", "refusal", "--budget", "300", "--quiet",
         "--fail-if", "broken_cases.value > 0")  # fmt: skip
@@ -380,6 +392,8 @@ def test_bad_input_of_the_commands(desk):
         (("attack", "role_play", *base, "--judge", "organism_refused"), "complied or unsafe"),
         (("attack", "role_play", *base, "--defence", "wall"), "no defence named"),
         (("redteam", "python/planted.py:answer"), "--suite"),
+        (("redteam", "python/planted.py:answer", "--suite", "rows.jsonl", "--per-case", "0"), "per-case must be 1"),
+        (("redteam", "python/planted.py:answer", "--suite", "rows.jsonl", "--shorten", "-1"), "shorten must be 0"),
         (
             ("redteam", "python/planted.py:answer", "--suite", "rows.jsonl", "--attack", "gcg", "--quiet"),
             "gcg needs gradients",

@@ -38,11 +38,12 @@ def test_each_key_opens_its_own_lock_and_no_other(key):
 def test_luck_has_its_rate_whatever_is_asked():
     cases, _ = planted_cases(20, rng=np.random.default_rng(0))
     target = PlantedTarget({case.messages[0].text: "luck" for case in cases}, luck=0.1)
-    hits = [
-        asyncio.run(answered((asyncio.run(target(case.messages, seed=seed)),))).value
-        for case in cases
-        for seed in range(200)
-    ]
+
+    async def ask():
+        replies = [await target(case.messages, seed=seed) for case in cases for seed in range(200)]
+        return [(await answered((reply,))).value for reply in replies]
+
+    hits = asyncio.run(ask())
     assert abs(np.mean(hits) - 0.1) < 0.02
 
 
