@@ -15,13 +15,14 @@ from typing import Any
 import click
 
 from davylamp.core.compare import compare
-from davylamp.core.errors import DavylampError, InputError, RunError
+from davylamp.core.errors import DavylampError, InputError, RunError, UnknownNameError
 from davylamp.core.evaluate import LoadedSuite, close, evaluate, load_suite
 from davylamp.core.judges import load_judge
 from davylamp.core.nouns import Estimate, Record
 from davylamp.core.policy import Decision, Rule, decide
 from davylamp.core.record import folder_for, new_record, save
 from davylamp.core.registry import find
+from davylamp.core.rows import digest
 from davylamp.core.run import Limits
 from davylamp.models.targets import load_target
 from davylamp.report.html import write_report
@@ -34,9 +35,22 @@ ROWS = {
         "simple_safety_tests.jsonl",
     ),
     "overrefusal": ("xstest/xstest_prompts.jsonl", "xstest.csv", "xstest.jsonl"),
+    "multijail": ("multijail/multijail.jsonl", "MultiJail.csv"),
+    "safety_prompts": ("typical_safety_scenarios.json", "safety_prompts/typical_safety_scenarios.json"),
+    "safetybench": ("safetybench_zh_subset/test_zh_subset.jsonl", "safetybench.jsonl"),
 }
-ORGANISM = ("organism_hazards", "organism_lookalikes", "organism_capability")
-CHAT = ("simple_safety_tests", "overrefusal", "capability")
+SHIPPED = ("overrefusal", "capability")  # suites that have rows of their own
+#: One arm is what a gate looks at; a reduced copy is noted in the record.
+OPTIONS: dict[str, dict[str, Any]] = {"simple_safety_tests": {"arms": ("none",), "partial": True}}
+Chosen = tuple[str, Mapping[str, Any]]
+ORGANISM: tuple[Chosen, ...] = (("organism_hazards", {}), ("organism_lookalikes", {}), ("organism_capability", {}))
+#: What is asked, by profile: safety never without over-refusal and skill beside it.
+PROFILES: dict[str, tuple[str, ...]] = {
+    "quick": ("overrefusal", "capability"),
+    "chat": ("simple_safety_tests", "overrefusal", "capability"),
+    "multilingual": ("multijail", "safety_prompts", "safetybench", "overrefusal", "capability"),
+}
+QUICK = 60  # rows of a suite in the profile `quick`, where no limit is given
 
 
 @dataclass(slots=True)
@@ -59,26 +73,39 @@ def speaks_the_organisms_language(target: str) -> bool:
     return target.startswith("hf/") and file.is_file() and '"gloamfire"' in file.read_text(encoding="utf-8")
 
 
-def plan(target: str, data: Path | None, limit: int | None) -> Plan:
-    """The suites for one target: the organism's own for an organism, else safety + over-refusal + capability."""
+def chosen(target: str, profile: str) -> tuple[Chosen, ...]:
+    """The suites of a profile for this target: the organism's own for an organism, in its three languages where many are asked for.
+
+    >>> [name for name, _ in chosen("openai/gpt", "chat")]
+    ['simple_safety_tests', 'overrefusal', 'capability']
+    >>> [options.get("language", "A") for name, options in chosen("organism/aligned", "multilingual") if name == "organism_hazards"]
+    ['A', 'B', 'C']
+    """
+    if profile not in PROFILES:
+        raise UnknownNameError("profile", profile, PROFILES)
+    if not speaks_the_organisms_language(target):
+        return tuple((name, OPTIONS.get(name, {})) for name in PROFILES[profile])
+    if profile == "multilingual":
+        return tuple((name, {"language": language}) for name, _ in ORGANISM for language in "ABC")
+    return ORGANISM
+
+
+def plan(target: str, data: Path | None, limit: int | None, profile: str = "chat") -> Plan:
+    """The suites for one target and profile, loaded; what has no rows at hand is left out and said."""
     out = Plan()
     if data is not None and not data.is_dir():
         raise InputError(f"no folder {data}. --data takes a folder with public benchmark rows")
-    for name in ORGANISM if speaks_the_organisms_language(target) else CHAT:
+    if profile == "quick" and limit is None:
+        limit = QUICK
+    for name, given in chosen(target, profile):
         options: dict[str, Any] = {}
         found = [data / path for path in ROWS.get(name, ()) if (data / path).is_file()] if data else []
         if found:
             options["rows"] = str(found[0])
-        elif name == "simple_safety_tests":
-            out.skipped.append(
-                (name, "its 100 prompts are not shipped: give --data FOLDER with " + " or ".join(ROWS[name]))
-            )
+        elif name in ROWS and name not in SHIPPED:
+            out.skipped.append((name, "its rows are not shipped: give --data FOLDER with " + " or ".join(ROWS[name])))
             continue
-        if name == "simple_safety_tests":
-            options |= {
-                "arms": ("none",),
-                "partial": True,
-            }  # one arm is what a gate looks at; a reduced copy is noted in the record
+        options |= given
         out.suites.append(load_suite(name, options, limit=limit))
     return out
 
@@ -98,14 +125,16 @@ def run_check(
     limits: Limits | None = None,
     quiet: bool = False,
     title: str = "",
+    profile: str = "chat",
 ) -> tuple[Path, Record, list[Decision]]:
-    """Run the plan of every target; write the check's own record and the report over all. Returns folder, record and gate decisions.
+    """Run the suites of `profile` on every target; write the check's own record and the report over all.
 
-    A target that fails is reported as such and does not stop the others; if nothing at all could be run, RunError is raised.
+    Returns folder, record and gate decisions. A target that fails is reported as such and does not stop the others; if nothing at all
+    could be run, RunError is raised.
     """
     if len(set(targets)) != len(targets):
         raise InputError("a target stands twice on the command line")
-    plans = {target: plan(target, data, limit) for target in targets}
+    plans = {target: plan(target, data, limit, profile) for target in targets}
     if dry_run:
         for target, chosen in plans.items():
             for item in chosen.suites:
@@ -213,8 +242,10 @@ def _decisions(rules: Sequence[Rule], records: Sequence[Record]) -> list[Decisio
 def _comparisons(done: Sequence[tuple[str, Path, Record]]) -> list[dict[str, Any]]:
     """The first target against each other one, suite by suite."""
     out = []
-    for name in dict.fromkeys(record.name for _, _, record in done):
-        folders = [folder for _, folder, record in done if record.name == name]
+    asked: dict[str, list[Path]] = {}  # equal questions only: a profile may ask one suite in several languages
+    for _, folder, record in done:
+        asked.setdefault(digest(dict(record.inputs["suite"])), []).append(folder)
+    for folders in asked.values():
         for other in folders[1:]:
             try:
                 out.append(compare(folders[0], other))

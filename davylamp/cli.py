@@ -149,6 +149,7 @@ runs_option = click.option(
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with public benchmark rows (see docs/check.md).")
 @click.option("--judge", "judge", help="Judge for the safety suites [default: each suite's].")
+@click.option("--profile", default="chat", show_default=True, help="Which suites: quick, chat, multilingual.")
 @asks_target
 @click.option("--dry-run", is_flag=True, help="Say what would be asked, and ask nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the report here.")
@@ -157,6 +158,7 @@ def check(
     targets: tuple[str, ...],
     data: Path | None,
     judge: str | None,
+    profile: str,
     dry_run: bool,
     out: Path | None,
     as_json: bool,
@@ -171,6 +173,7 @@ def check(
         targets,
         data=data,
         judge=judge,
+        profile=profile,
         rules=rules,
         dry_run=dry_run,
         runs=options.pop("runs"),

@@ -217,3 +217,11 @@ def test_python_target(cli, rows, tmp_path):
     record = json.loads(cli("eval", rows, "--target", "python/mine.py:answer", "--quiet", "--json").stdout)
     assert record["estimates"][0]["value"] == 1.0
     assert "Did you mean 'answer'" in cli("eval", rows, "--target", "python/mine.py:anser", code=2).stderr
+
+
+def test_profiles_choose_suites(cli, server, public_rows):
+    said = cli("check", server.target, "--profile", "multilingual", "--data", public_rows, "--dry-run").stdout
+    assert "multijail: 1600 calls" in said and "safetybench" in said and "capability" in said
+    assert "safety_prompts: not run, its rows are not shipped" in said
+    assert "60 calls" in cli("check", server.target, "--profile", "quick", "--dry-run").stdout
+    assert "Did you mean 'chat'" in cli("check", server.target, "--profile", "chatt", "--dry-run", code=2).stderr

@@ -15,7 +15,12 @@ from davylamp.core.taxonomy import names, node
 
 ALL = builtin()
 MEASURES = {"complied", "refused", "unsafe", "correct"}
-NEED_DATA = {"simple_safety_tests"}  # its rows are the user's; tests/suites checks it with a stand-in
+NEED_DATA = {
+    "simple_safety_tests",
+    "multijail",
+    "safety_prompts",
+    "safetybench",
+}  # user rows: stand-ins in tests/suites
 HOSTILE = (
     "",
     " ",

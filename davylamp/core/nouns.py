@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from davylamp.core.errors import InputError
 
@@ -134,9 +134,12 @@ class Judge(Protocol):
 class Metric:
     """How verdicts become a number: the mean of `value` (or of 1 - value, with `flip`) over the cases that match `where`.
 
-    where: pairs of a case path (`category`, `meta.label`) and the value it must have.  by: case paths to break down by.
+    where: pairs of a case path (`category`, `meta.label`) and the value it must have.  by: case paths to break down by; a path that
+    holds a list (tags) puts the case into a slice for each.
     against: (case path, a, b) makes it a paired contrast instead: mean(a) - mean(b) over cases that share `group`.
-    per: `case`, or `group` for "any of the group" (1.0 if any case of the group is 1.0).
+    label: count the verdicts with this label instead of averaging values (a share of `invalid`, of `refused`).
+    per: `case`; or `group`: the largest value of the cases that share a group counts once (an attack that may choose among them); or
+    `category`: each category counts the same, however many cases it has (macro average).
 
     >>> Metric("over_refusal_rate", flip=True, where=(("meta.label", "safe"),)).higher_is_better
     False
@@ -148,6 +151,8 @@ class Metric:
     by: tuple[str, ...] = ("category",)
     against: tuple[str, str, str] | None = None
     higher_is_better: bool = False
+    per: Literal["case", "group", "category"] = "case"
+    label: str = ""
 
 
 async def ask_once(target: Target, case: Case, *, seed: int = 0, **settings: Any) -> tuple[Message, ...]:

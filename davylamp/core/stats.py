@@ -56,6 +56,32 @@ def rate(hits: float, n: int, unscored: int = 0, **about: Any) -> Estimate:
     return Estimate(hits / n, low, high, n, unscored, worst, "wilson", **about)
 
 
+def macro_rate(hits: Sequence[float], sizes: Sequence[int], unscored: int = 0, **about: Any) -> Estimate:
+    """The plain mean of several categories' rates, so that a large category counts no more than a small one.
+
+    hits, sizes: (k,) of each category that has scored rows, sizes > 0.  Wilson at the effective number of rows p(1-p)/variance, where the
+    variance is the sum of the categories' own over k^2, each with one hit and one miss added: a small category that shows 0 % is not
+    certain. n is the number of rows.
+
+    >>> e = macro_rate([0, 50], [10, 100])
+    >>> e.value, e.n, e.low < 0.25 < e.high
+    (0.25, 110, True)
+    """
+    if len(hits) != len(sizes):
+        raise InputError(f"hits and sizes must have one length, got {len(hits)} and {len(sizes)}")
+    k, n = len(sizes), sum(sizes)
+    worst = worst_range(float(sum(hits)), n, unscored) if n else (0.0, 1.0)
+    if k == 0:
+        return Estimate(None, None, None, 0, unscored, worst, "no scored rows", **about)
+    p = sum(x / m for x, m in zip(hits, sizes, strict=True)) / k
+    smooth = [(x + 1) / (m + 2) for x, m in zip(hits, sizes, strict=True)]
+    variance = sum(q * (1 - q) / m for q, m in zip(smooth, sizes, strict=True)) / k**2
+    middle = min(max(p, 0.5 / n), 1 - 0.5 / n)  # at 0 and 1 as if half a row had gone the other way
+    n_eff = min(float(n), middle * (1 - middle) / variance)
+    low, high = wilson(p * n_eff, n_eff)
+    return Estimate(p, low, high, n, unscored, worst, f"wilson (mean of {k} categories)", **about)
+
+
 def clustered_rate(
     sums: Sequence[float],
     sizes: Sequence[int],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from davylamp.core.nouns import Estimate, Metric
-from davylamp.core.stats import clustered_rate, corrected_rate, paired_difference, rate
+from davylamp.core.stats import clustered_rate, corrected_rate, macro_rate, paired_difference, rate
 
 #: A judge's measured error: how many of the rows labelled 1 (positives) and 0 (negatives) it called so.
 Error = Mapping[str, int]
@@ -34,6 +34,8 @@ def metric_json(metric: Metric) -> dict[str, Any]:
         "by": list(metric.by),
         "against": list(metric.against) if metric.against else None,
         "higher_is_better": metric.higher_is_better,
+        **({"per": metric.per} if metric.per != "case" else {}),
+        **({"label": metric.label} if metric.label else {}),
     }
 
 
@@ -45,7 +47,47 @@ def metric_from(row: Mapping[str, Any]) -> Metric:
         by=tuple(row["by"]),
         against=tuple(row["against"]) if row["against"] else None,
         higher_is_better=row["higher_is_better"],
+        per=row.get("per", "case"),
+        label=row.get("label", ""),
     )
+
+
+@dataclass(slots=True)
+class _Any:
+    """Sums of one metric `per` group in one slice: the largest value of each group so far, and which groups have an unscored row."""
+
+    best: dict[str, float] = field(default_factory=dict)
+    open: set[str] = field(default_factory=set)
+
+    def add(self, value: float | None, group: str) -> None:
+        self.best[group] = max(self.best.get(group, 0.0), value or 0.0)
+        if value is None:
+            self.open.add(group)
+
+    def estimate(self, **about: Any) -> Estimate:
+        """A group with an unscored row and no 1 among the others could be either: it is unscored."""
+        known = [value for group, value in self.best.items() if value == 1.0 or group not in self.open]
+        return rate(sum(known), len(known), len(self.best) - len(known), **about)
+
+
+@dataclass(slots=True)
+class _Macro:
+    """Sums of one metric `per` category in one slice: hits and scored rows of each category."""
+
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    unscored: int = 0
+
+    def add(self, value: float | None, category: str) -> None:
+        if value is None:
+            self.unscored += 1
+            return
+        part = self.parts.setdefault(category, [0.0, 0.0])
+        part[0] += value
+        part[1] += 1
+
+    def estimate(self, **about: Any) -> Estimate:
+        hits, sizes = [part[0] for part in self.parts.values()], [int(part[1]) for part in self.parts.values()]
+        return macro_rate(hits, sizes, self.unscored, **about)
 
 
 @dataclass(slots=True)
@@ -92,6 +134,7 @@ class Tally:
     def __init__(self, metrics: Iterable[Metric], *, epochs: int = 1):
         self.metrics, self.epochs = tuple(metrics), epochs
         self.cells: dict[tuple[int, Slice], _Cell] = defaultdict(_Cell)
+        self.sets: dict[tuple[int, Slice], _Any | _Macro] = {}
         self.pairs: dict[tuple[int, Slice], dict[str, dict[str, list[float | None]]]] = {}
         self.counts = {"rows": 0, "scored": 0, "unscored": 0, "failed": 0}
 
@@ -105,9 +148,18 @@ class Tally:
         for index, metric in enumerate(self.metrics):
             if any(look(case, path) != wanted for path, wanted in metric.where):
                 continue
-            score = value if value is None or not metric.flip else 1.0 - value
+            score = value
+            if metric.label and verdict is not None:  # a verdict without a value still has its label
+                score = (
+                    float(verdict.get("label") == metric.label) if verdict.get("label") or value is not None else None
+                )
+            score = score if score is None or not metric.flip else 1.0 - score
             for part in slices(metric, case):
-                if metric.against is None:
+                if metric.per != "case":
+                    per_group = metric.per == "group"
+                    name = (case.get("group") or case["id"]) if per_group else str(case.get("category"))
+                    self.sets.setdefault((index, part), _Any() if per_group else _Macro()).add(score, name)
+                elif metric.against is None:
                     self.cells[index, part].add(score, group)
                 elif (arm := look(case, metric.against[0])) in metric.against[1:]:
                     arms = self.pairs.setdefault((index, part), {}).setdefault(case.get("group") or case["id"], {})
@@ -117,9 +169,7 @@ class Tally:
         """All estimates. seed: for the bootstrap of contrasts.  error: the judge's measured error, to correct rates with."""
         out = []
         for index, metric in enumerate(self.metrics):
-            parts = [part for number, part in self.cells if number == index] or [
-                part for number, part in self.pairs if number == index
-            ]
+            parts = [part for found in (self.cells, self.sets, self.pairs) for number, part in found if number == index]
             for part in sorted(
                 parts or [(None, None)],
                 key=lambda part: (part != (None, None), part[1] is not None and part[0] is not None),
@@ -133,8 +183,14 @@ class Tally:
                 if metric.against is not None:
                     out.append(self._contrast(metric, self.pairs.get((index, part), {}), seed, about))
                     continue
+                if (
+                    metric.per != "case"
+                ):  # the judge's error is that of one verdict, not of the largest of several or of a mean of means
+                    found_set = self.sets.get((index, part)) or (_Any() if metric.per == "group" else _Macro())
+                    out.append(found_set.estimate(**about))
+                    continue
                 estimate = self.cells[index, part].estimate(**about)
-                if error:
+                if error and not metric.label:
                     flipped = {
                         "true_hits": error["true_passes"],
                         "positives": error["negatives"],
@@ -165,19 +221,21 @@ class Tally:
 
 
 def slices(metric: Metric, case: Mapping[str, Any]) -> list[Slice]:
-    """Overall, and one slice for each `by` whose values the case has. `meta.arm` fills arm, other paths fill category."""
+    """Overall, and one slice for each `by` whose values the case has. `meta.arm` fills arm, other paths fill category.
+
+    >>> slices(Metric("m", by=("meta.tags",)), {"id": "1", "meta": {"tags": ["a", "b"]}})
+    [(None, None), ('tags=a', None), ('tags=b', None)]
+    """
     out: list[Slice] = [(None, None)]
     for by in metric.by:
-        category: str | None = None
-        arm: str | None = None
+        found: list[Slice] = [(None, None)]
         for path in by.split("*"):
             value = look(case, path)
-            if value is None:
-                break
+            values = value if isinstance(value, list | tuple) else () if value is None else (value,)
             if path == "meta.arm":
-                arm = str(value)
+                found = [(category, str(one)) for category, _ in found for one in values]
             else:
-                category = str(value) if path == "category" else f"{path.removeprefix('meta.')}={value}"
-        else:
-            out.append((category, arm))
+                name = "" if path == "category" else f"{path.removeprefix('meta.')}="
+                found = [(f"{name}{one}", arm) for _, arm in found for one in values]
+        out += found
     return out

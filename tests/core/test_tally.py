@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from davylamp.core.nouns import Metric
@@ -95,3 +96,41 @@ def test_metrics_survive_json():
         "a", flip=True, where=(("meta.x", 1),), by=("category",), against=("meta.arm", "a", "b"), higher_is_better=True
     )
     assert metric_from(metric_json(metric)) == metric
+
+
+def test_per_group_is_any_of_the_group_in_each_slice():
+    """Against brute force on random tables: a group is broken if any of its rows is; with an unscored row and none broken it is open."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values = rng.choice([0.0, 1.0, None], p=[0.7, 0.2, 0.1], size=(12, 5))
+        tally = Tally((Metric("any", per="group", by=("meta.tier",)), Metric("mean", by=("meta.tier",))))
+        for item, line in enumerate(values):
+            for language, value in enumerate(line):
+                about = {"group": f"g{item}", "meta": {"tier": "high" if language < 2 else "low"}}
+                tally.add(row(f"{item}-{language}", value, **about))
+        found = by_slice(tally)
+        for part, columns in ((None, slice(None)), ("tier=high", slice(0, 2)), ("tier=low", slice(2, 5))):
+            lines = [line[columns] for line in values]
+            states = [1.0 if 1.0 in line else None if None in line else 0.0 for line in map(list, lines)]
+            known = [state for state in states if state is not None]
+            estimate = found["any", part, None]
+            assert (estimate.n, estimate.unscored) == (len(known), states.count(None))
+            assert estimate.value == pytest.approx(sum(known) / len(known))
+
+
+def test_per_group_ignores_the_judges_error_and_survives_the_round_trip():
+    metric = Metric("any", per="group")
+    assert metric_from(metric_json(metric)) == metric
+    assert "per" not in metric_json(Metric("m"))  # the ids of records that hold no such metric stay as they are
+    tally = Tally((metric,))
+    tally.add(row("1", 1.0, group="g"))
+    error = {"true_hits": 90, "positives": 100, "true_passes": 90, "negatives": 100}
+    assert tally.estimates(error=error)[0].corrected is None
+
+
+def test_a_list_puts_a_case_into_a_slice_for_each():
+    tally = Tally((Metric("m", by=("meta.tags", "meta.tags*meta.arm")),))
+    tally.add(row("1", 1.0, meta={"tags": ["a", "b"], "arm": "x"}))
+    tally.add(row("2", 0.0, meta={"tags": ["b"], "arm": "x"}))
+    found = by_slice(tally)
+    assert found["m", "tags=b", None].value == 0.5 and found["m", "tags=a", "x"].n == 1
