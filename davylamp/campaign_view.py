@@ -197,7 +197,8 @@ async def _tricks(
     found: Sequence[Found], target: Target, judge: LoadedJudge, *, settings: Mapping[str, Any], shorten: int, seed: int
 ) -> tuple[list[list[Any]], int, str]:
     """(table rows of the largest tricks, questions used, why shortening stopped early or empty)."""
-    rows, used, trouble = [], 0, ""
+    rows: dict[str, list[Any]] = {}
+    used, trouble = 0, ""
     for cluster in clusters(found)[:SHOWN]:
         shown, minimal = cluster.shown, None
         if shorten and not trouble:
@@ -213,10 +214,15 @@ async def _tricks(
                 shown = replace(shown, sent=sent)
             except DavylampError as problem:
                 trouble = str(problem)
-        attacks = ", ".join(cluster.attacks)
-        questions = min(one.queries for one in cluster.members)
-        rows.append([_clip(skeleton(shown)), attacks, len(cluster.members), questions, minimal])
-    return rows, used, trouble
+        text, questions = _clip(skeleton(shown)), min(one.queries for one in cluster.members)
+        same = rows.setdefault(
+            text, [text, set(), 0, questions, minimal]
+        )  # what is equal once it is short is one trick
+        same[1] |= set(cluster.attacks)
+        same[2] += len(cluster.members)
+        same[3] = min(same[3], questions)
+    ordered = sorted(rows.values(), key=lambda row: -row[2])
+    return [[text, ", ".join(sorted(attacks)), *rest] for text, attacks, *rest in ordered], used, trouble
 
 
 def _clip(text: str, most: int = 300) -> str:

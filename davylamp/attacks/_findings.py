@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from davylamp.attacks._campaign import Found
+from davylamp.attacks.encoding import CODES
 from davylamp.core import Message
 
 ALIKE = 0.6  # Jaccard similarity of character 3-grams from which on two skeletons are one trick
@@ -20,8 +21,9 @@ def skeleton(found: Found) -> str:
     """
     request = found.case.messages[-1].text
     text = found.sent[-1].text if found.sent else ""
-    for form in (request, request[::-1]):
-        text = text.replace(form, "«request»")
+    text = text.replace(request, "«request»")
+    for name, code in CODES.items():
+        text = text.replace(code(request), f"«request in {name}»")
     return " ".join(CODE.sub("«code»", text).casefold().split()) or "«empty»"
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from davylamp.attacks._campaign import Arm, Bandit, Campaign, Found, arm_of, findings
 from davylamp.attacks._findings import clusters, connected, grams, jaccard, minimised, pieces, skeleton
+from davylamp.attacks.encoding import CODES
 from davylamp.cli import main
 from davylamp.core.errors import BudgetError, InputError, RunError
 from davylamp.core.judges import load_judge
@@ -206,6 +207,8 @@ def test_equal_and_near_prompts_are_one_trick_and_requests_are_cut_out():
     assert [len(cluster.members) for cluster in got] == [6, 1] and got[1].skeleton == "«code»"
     assert got[0].skeleton == "play a role, friend. «request»" and "make it" not in skeleton(rows[0])
     assert jaccard(grams("abcd"), grams("abcd")) == 1.0 and clusters([]) == []
+    for name, code in CODES.items():
+        assert skeleton(found("z", f"Read: {code('make it')}")) == f"read: «request in {name}»"
 
 
 @pytest.mark.parametrize("needed", [{0}, {1, 3}, {0, 2, 4}, set(range(5))])
