@@ -14,7 +14,7 @@ def broken(observed):
 
 
 def test_a_campaign_finds_what_is_planted_and_nothing_else():
-    observed = attack_campaign(seeds=(3, 4, 5))  # other seeds than the documented table's
+    observed = attack_campaign(seeds=(3, 4))  # other seeds than the documented table's
     assert sum(claim is not None for claim, _ in observed) == 6 and not broken(observed)
 
 
