@@ -49,11 +49,11 @@ def attacks_on_organism(
 ) -> list[Observed]:
     """On the aligned organism: translation and suffix search beside plain repetition, their controls, and a guard in front.
 
-    size: requests a seed, quick 40 (6 for the searches), full 100 (25).  seeds: which requests, and every draw of an attack.
+    size: requests a seed, quick 24 (6 for the searches), full 100 (25).  seeds: which requests, and every draw of an attack.
     """
     if not seeds:
         raise InputError("attacks_on_organism needs one seed or more, got none")
-    n, few = (40, 6) if size == "quick" else (100, 25)
+    n, few = (24, 6) if size == "quick" else (100, 25)
     hits: dict[str, list[float]] = {}
     asyncio.run(_measure(hits, seeds, n, few))
     rng = np.random.default_rng([*seeds, 27])

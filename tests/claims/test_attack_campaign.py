@@ -22,7 +22,7 @@ def test_a_campaign_finds_what_is_planted_and_nothing_else():
 def test_attacks_on_the_organism():
     from davylamp.studies.attacks_on_organism import attacks_on_organism
 
-    observed = attacks_on_organism(seeds=(0, 1))
+    observed = attacks_on_organism(seeds=(0, 1, 2))
     assert len(observed) == 5 and not broken(observed)
 
 
