@@ -1,6 +1,7 @@
 """GCG on a tiny model made on the spot: losses against the library's own, gradients against differences, refusals before any question."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_a_loss_is_the_librarys_own(task):
         row = [*task.head, *ids, *task.tail, *task.goal]
         labels = [-100] * (len(row) - len(task.goal)) + task.goal
         own = task.model(input_ids=torch.tensor([row]), labels=torch.tensor([labels])).loss
-        assert abs(float(own) - loss) < 1e-5
+        assert abs(float(own.detach()) - loss) < 1e-5
 
 
 def test_the_gradient_is_the_slope_of_the_loss(task):
@@ -69,7 +70,18 @@ def test_swaps_move_one_token_and_suffixes_survive_as_text(task):
         changed = [i for i in range(6) if one[i] != ids[i]]
         assert len(changed) <= 1 and all(one[i] in near[i].tolist() for i in changed)
         assert task.survives(one)
-    assert not task.survives([task.tokenizer.eos_token_id] * 3)
+
+
+def test_tokens_that_merge_when_written_do_not_survive(task):
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    inner.decoder = decoders.Fuse()
+    merging = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False)
+    bare = replace(task, tokenizer=merging, before="", after="", head=[], tail=[])
+    assert bare.survives([2, 1]) and bare.survives([1, 0]) and not bare.survives([0, 1])
 
 
 def test_the_search_lowers_the_loss_and_counts_its_questions(pair):
