@@ -660,6 +660,7 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
 
 
 # The rest of the commands hang themselves on `main`, so they come last.
+import davylamp.cli_attack  # noqa: E402
 import davylamp.cli_evidence  # noqa: E402
 import davylamp.cli_guard  # noqa: E402
 import davylamp.cli_make  # noqa: E402, F401

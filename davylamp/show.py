@@ -161,6 +161,7 @@ def _command(entry: Entry) -> str:
         "guard": f'davylamp judge ask {entry.name} "reply"',
         "judge": f"davylamp eval ROWS.jsonl --target T --judge {entry.name}",
         "study": f"davylamp study {entry.name}",
+        "attack": f"davylamp attack {entry.name} --suite S --target T",
     }.get(entry.kind, f"davylamp {entry.kind} {entry.name}")
 
 

@@ -1,4 +1,4 @@
-"""`davylamp tour`: the chain on the embedded models, told step by step on stderr. Check, break, see, repair, compare, and one report.
+"""`davylamp tour`: the chain on the embedded models, step by step on stderr: check, break, see, repair, compare, attack, report.
 
 Everything it does is a command that a user has; the tour says which.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from davylamp.apply import run_data, run_train
+from davylamp.campaign import run_attack
 from davylamp.check import run_check
 from davylamp.core.compare import compare
 from davylamp.core.nouns import Record
@@ -19,6 +20,8 @@ from davylamp.core.rows import CaseFile, write_cases
 from davylamp.repair import run_repair
 from davylamp.report.html import write_report
 
+ATTACK = ("--translator", "world", "--languages", "C", "--budget", "1", "--limit", "40", "--no-control")
+GUARD = "guard:name=organism_complied"  # the world's own exact judge: as good as a guard can be
 MODELS = ("organism/helpful", "organism/aligned", "organism/reasoning")
 
 
@@ -82,12 +85,31 @@ def run_tour(runs: Path, *, quiet: bool = False) -> Path:
             f"   {found['suite']}: {row['metric']} {100 * row['difference']['value']:+.1f} points, p(Holm) {row['p_holm']:.2g}"
         )
 
+    _say(
+        "\n6. Attack: the aligned model is asked in a language that its alignment never saw, without and with a guard in front."
+    )
+    _say(
+        f"   davylamp attack translate --suite organism_hazards --target organism/aligned {' '.join(ATTACK)} [--defence {GUARD}]"
+    )
+    attacked = []
+    for defences in ((), (GUARD,)):
+        found, record = run_attack(
+            "translate", "organism_hazards", "organism/aligned", budget=1, options={"translator": "world", "languages": "C"},
+            defences=defences, control=False, limit=40, runs=runs, quiet=quiet,
+        )  # fmt: skip
+        attacked.append(found)
+        rate = record.estimates[0]
+        _say(
+            f"   {'guarded' if defences else 'bare':22} attack success rate {_percent(rate.value, rate.low, rate.high)}"
+        )
+
     path = desk / "report.html"
+    title = "Tour: check, break, see, repair, compare, attack"
     write_report(
-        path, [mended, *_runs(first, runs), *tuned, *fixed], title="Tour: check, break, see, repair, compare", comparisons=comparisons
+        path, [mended, *_runs(first, runs), *tuned, *fixed, *attacked], title=title, comparisons=comparisons
     )  # fmt: skip
     _say(
-        "\n6. Read the report: intervals, worst rows (blurred until opened), the trade-off of the repairs, and how to run each part again."
+        "\n7. Read the report: intervals, worst rows (blurred until opened), the trade-off of the repairs, and how to run each part again."
     )
     _say("   On a model of yours: davylamp check openai/MODEL@http://HOST:PORT/v1   or   davylamp check hf/PATH\n")
     return path
