@@ -93,11 +93,11 @@ def run_tour(runs: Path, *, quiet: bool = False) -> Path:
     )
     attacked = []
     for defences in ((), (GUARD,)):
-        found, record = run_attack(
+        where, record = run_attack(
             "translate", "organism_hazards", "organism/aligned", budget=1, options={"translator": "world", "languages": "C"},
             defences=defences, control=False, limit=40, runs=runs, quiet=quiet,
         )  # fmt: skip
-        attacked.append(found)
+        attacked.append(where)
         rate = record.estimates[0]
         _say(
             f"   {'guarded' if defences else 'bare':22} attack success rate {_percent(rate.value, rate.low, rate.high)}"

@@ -8,6 +8,7 @@ import binascii
 import codecs
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from numpy.random import Generator
@@ -66,9 +67,7 @@ async def encoding(
                 text = order.replace("{code}", TOLD[name]).replace("{text}", text)
             elif order != ORDERS[0] and asking.queries >= len(names):
                 continue  # a code that needs no explaining has but one wording
-            if await asking.ask(
-                asking.saying(text), seed=draw_seed(rng), read=lambda reply, name=name: decoded(reply, name)
-            ):  # type: ignore[misc]
+            if await asking.ask(asking.saying(text), seed=draw_seed(rng), read=partial(decoded, code=name)):
                 return asking.finding()
     return asking.finding()
 

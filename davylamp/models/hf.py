@@ -289,7 +289,8 @@ class _Reader:
     def __call__(self, row: Sequence[int]) -> str:
         if not self.marks or not self.marks.keys() & set(row):
             return str(self.tokenizer.decode(list(row), skip_special_tokens=True))
-        out, part = "", []
+        out = ""
+        part: list[int] = []
         for token in [*row, None]:
             if token is None or token in self.marks:
                 out += str(self.tokenizer.decode(part, skip_special_tokens=True))

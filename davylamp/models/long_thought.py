@@ -299,7 +299,7 @@ def new_model(seed: int) -> Any:
                 rope_parameters={"rope_type": "default", "rope_theta": 100.0},
                 tie_word_embeddings=True,
                 initializer_range=0.06,
-                **ends,
+                **ends,  # type: ignore[arg-type]
             )
         )
     model.generation_config.update(**ends, do_sample=False)

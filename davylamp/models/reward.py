@@ -50,7 +50,7 @@ def attribute_scores(
     names: of the heads, in order, one for each. Scores of different models are on different scales: compare answers under one model only.
     Raises InputError for another number of names than heads, or a conversation that does not end in a reply or is too long.
     """
-    heads = int(model.config.num_labels)
+    heads = int(model.config.num_labels or 0)
     if len(names) != heads:
         raise InputError(f"the reward model has {heads} heads, got {len(names)} names: {', '.join(names)}")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

@@ -45,7 +45,7 @@ def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",

@@ -273,7 +273,7 @@ def _injected(rng: Generator) -> dict[str, float]:
         values: dict[str, list[float]] = {"all": [], "indirect": [], "none": []}
         for _ in range(5):
             for case in stand_ins():
-                value = asyncio.run(judge((*case.messages, responder.answer(case)), case)).value  # type: ignore[arg-type]
+                value: float | None = asyncio.run(judge((*case.messages, responder.answer(case)), case)).value  # type: ignore[arg-type]
                 assert value is not None
                 way = str(case.meta["way"])
                 values["none" if way == "none" else "all"].append(value)

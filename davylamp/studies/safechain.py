@@ -328,7 +328,8 @@ def pools(seed: int, rng: Generator) -> dict[str, list[Case]]:
         for case in world.cases(what, 96, rng, held_out=False)
     ]  # fmt: skip
     found = samples(teacher, prompts, seed=seed + 100, k=K)
-    kept, turned = [], []
+    kept: list[Any] = []
+    turned: list[Any] = []
     for number, case in enumerate(prompts):
         each = found[K * number : K * number + K]
         # A plan of a benign object gives nothing bad away: only hazards can be unsafe.

@@ -507,8 +507,8 @@ def rmu_parts(model: Any, plan: Any) -> tuple[str, set[str] | None]:
             raise InputError(f"layer must be from 0 to {count - 1} for this model, got {layer}")
     if plan.update == "all":
         return path, None
-    near = tuple(f"{at}.{i}." for i in range(max(0, layer - 2), layer + 1))
-    chosen = {name for name, _ in model.named_parameters() if name.startswith(near) and _DOWN.search(name)}
+    above = tuple(f"{at}.{i}." for i in range(max(0, layer - 2), layer + 1))
+    chosen = {name for name, _ in model.named_parameters() if name.startswith(above) and _DOWN.search(name)}
     if not chosen:
         raise InputError(f"no MLP down-projection in layers {layer - 2} to {layer}. Say update=all")
     return path, chosen
