@@ -29,7 +29,7 @@ FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 #: The help page, in the order of a day's work; a test holds it against the commands that there are.
 SECTIONS = {
-    "Measure": ("check", "eval", "judge", "annotate", "study"),
+    "Measure": ("check", "eval", "judge", "annotate", "ksafe", "study"),
     "Attack": ("attack", "redteam"),
     "Look inside": ("interp", "explain", "scan"),
     "Change": ("audit", "data", "train", "edit", "repair"),

@@ -55,7 +55,7 @@ def test_the_gradient_is_the_slope_of_the_loss(task):
         rows = table[torch.tensor([*double.head, *ids, *double.tail, *double.goal])].clone()
         rows[len(double.head) + place] += step * table[token]
         logits = model(inputs_embeds=rows[None]).logits[0, -len(double.goal) - 1 : -1]
-        return float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(double.goal)))
+        return float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(double.goal)).detach())
 
     for place, token in ((0, 50), (3, 120), (5, 77)):
         slope = (loss(place, token, 1e-2) - loss(place, token, -1e-2)) / 2e-2
