@@ -43,7 +43,7 @@ class Prompt(NamedTuple):
 
 class HFTarget:
     """A loaded model as a target. Greedy unless `temperature` is above 0; then every row draws with its own seed, so that its reply does
-    not depend on the rows it is batched with. Text only: no pictures, no tool calls.
+    not depend on the rows it is batched with. No tool calls; pictures where the model is a LLaVA (`models/eyes.py`).
 
     settings: max_tokens (default 256), temperature, top_p, top_k, stop (a text or a list), prefill (a text that the reply begins with: the
     model goes on from there, and the reply holds it). A template that takes no system role (Gemma) gets the system text in front of the
@@ -60,8 +60,11 @@ class HFTarget:
         identity: Mapping[str, Any],
         *,
         width: int = WIDTH,
+        source: str = "",
     ):
         self.model, self.tokenizer, self.name, self.identity = model, tokenizer, name, dict(identity)
+        self.source = source or name
+        self._eyes: Any = None
         self._batcher = MicroBatcher(
             self._batch, width=width, key=lambda item: item[2], size=lambda item: len(item[0].ids)
         )
@@ -72,14 +75,29 @@ class HFTarget:
 
     async def __call__(self, messages: Sequence[Message], *, seed: int = 0, **settings: Any) -> Message:
         check_settings(settings)
-        prompt = begun_ids(self.tokenizer, messages, str(settings.pop("prefill", "") or ""))
-        reply: Message = await self._batcher.submit((prompt, seed, canonical(settings), settings))
+        prefill = str(settings.pop("prefill", "") or "")
+        shown: list[Any] = []
+        if any(message.media for message in messages) and not any(message.calls for message in messages):
+            if prefill:
+                raise InputError("a prompt with pictures takes no prefill")
+            ids, shown = self._see(messages)
+            prompt = Prompt(ids)
+        else:
+            prompt = begun_ids(self.tokenizer, messages, prefill)
+        reply: Message = await self._batcher.submit((prompt, seed, canonical(settings), settings, shown))
         return reply
 
-    def _batch(self, items: list[tuple[Prompt, int, str, dict[str, Any]]]) -> list[Message | Exception]:
-        return _generate(
-            self.model, self.tokenizer, [item[0] for item in items], [item[1] for item in items], items[0][3]
-        )
+    def _see(self, messages: Sequence[Message]) -> tuple[list[int], list[Any]]:
+        """Tokens and pixels; the image processor is loaded with the first picture."""
+        if self._eyes is None:
+            from davylamp.models.eyes import Eyes
+
+            self._eyes = Eyes(self.model, self.tokenizer, self.source)
+        return self._eyes.encode(messages)
+
+    def _batch(self, items: list[tuple[Prompt, int, str, dict[str, Any], list[Any]]]) -> list[Message | Exception]:
+        prompts, seeds, _, settings, shown = map(list, zip(*items, strict=True))
+        return _generate(self.model, self.tokenizer, prompts, seeds, settings[0], shown)
 
     async def close(self) -> None:
         await self._batcher.close()
@@ -98,7 +116,7 @@ def load(path: str) -> HFTarget:
         )
     name = f"hf/{path}"
     kind = {"model": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
-    return HFTarget(model, tokenizer, name, {**identity(path, model), **kind, "name": name})
+    return HFTarget(model, tokenizer, name, {**identity(path, model), **kind, "name": name}, source=path)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -199,6 +217,7 @@ def _generate(
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     settings: Mapping[str, Any],
+    shown: Sequence[Sequence[Any]] = (),
 ) -> list[Message | Exception]:
     """A reply or a TargetError to each prompt."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -216,7 +235,8 @@ def _generate(
     for i in fitting:
         groups.setdefault(min(wanted, room - len(prompts[i].ids)), []).append(i)
     for new, rows in groups.items():
-        replies = _ask(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], new, settings)
+        own = [picture for i in rows for picture in shown[i]] if shown else []
+        replies = _ask(model, tokenizer, [prompts[i] for i in rows], [seeds[i] for i in rows], new, settings, own)
         out.update(zip(rows, replies, strict=True))
     return [out[i] for i in range(len(prompts))]
 
@@ -228,7 +248,9 @@ def _ask(
     seeds: Sequence[int],
     new: int,
     settings: Mapping[str, Any],
+    shown: Sequence[Any] = (),
 ) -> list[Message]:
+    """shown: the pixels of all pictures of the batch, in the order of their places."""
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(ends)), 0)
     longest = max(len(prompt.ids) for prompt in prompts)
@@ -242,12 +264,18 @@ def _ask(
     read = _Reader(tokenizer)
     stop = settings.get("stop") or []
     stops = [stop] if isinstance(stop, str) else [text for text in stop if text]
+    seen = (
+        {"pixel_values": torch.stack([torch.from_numpy(one) for one in shown]).to(model.device, model.dtype)}
+        if shown
+        else {}
+    )
     criteria = StoppingCriteriaList([_Stops(read, stops, longest)] if stops else [])
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the checkpoint's own generation settings, which greedy decoding overrides
         made: torch.Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
+            **seen,
             max_new_tokens=new,
             max_length=None,
             do_sample=False,

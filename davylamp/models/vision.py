@@ -219,9 +219,11 @@ def adapt(
     model.train()
     try:
         for step in range(1, steps + 1):
-            rows = [rows[i] for rows, each in encoded for i in rng.integers(len(rows), size=each)]
-            batch = batch_of(model, tokenizer, rows)
-            loss = losses_of(model, batch).sum() / int((batch["labels"] != IGNORED).sum())
+            # One pass a pool: picture rows are short and chat rows long, and a common batch would be mostly padding.
+            parts = [[rows[i] for i in rng.integers(len(rows), size=each)] for rows, each in encoded]
+            batches = [batch_of(model, tokenizer, part) for part in parts]
+            answers = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+            loss = torch.stack([losses_of(model, batch).sum() for batch in batches]).sum() / answers
             if pairs:
                 chosen = [pairs[i] for i in rng.integers(len(pairs), size=8)]
                 loss = loss + _preference_loss(model, tokenizer, chosen, beta)
@@ -274,29 +276,35 @@ def _preference_loss(model: Any, tokenizer: Any, pairs: Sequence[tuple[Encoded, 
 def ask(
     model: Any, tokenizer: Any, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 40, width: int = 64
 ) -> list[Message]:
-    """The greedy reply to each conversation, with its pictures. Prompts of one length go together, so that none is padded."""
+    """The greedy reply to each conversation, with its pictures; `width` of near length at a time, padded on the left.
+
+    Raises InputError for pictures that cannot be used, and for limits below 1.
+    """
     if max_tokens < 1 or width < 1:
         raise InputError(f"max_tokens and width must be 1 or more, got {max_tokens} and {width}")
-    ends = ends_of(model, tokenizer)
+    ends, pad = ends_of(model, tokenizer), tokenizer.pad_token_id or 0
     encoded = [encode(model, tokenizer, messages) for messages in conversations]
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i][0]), len(encoded[i][2])))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     out: list[Message | None] = [None] * len(encoded)
     training = model.training
     model.eval()
     try:
-        while order:
-            first = encoded[order[0]]
-            part = [
-                i for i in order[:width] if (len(encoded[i][0]), len(encoded[i][2])) == (len(first[0]), len(first[2]))
-            ]
-            order = [i for i in order if i not in set(part)]
-            batch = batch_of(model, tokenizer, [encoded[i] for i in part])
-            del batch["labels"]
+        for part in (order[at : at + width] for at in range(0, len(order), width)):
+            longest = max(len(encoded[i][0]) for i in part)
+            short = [longest - len(encoded[i][0]) for i in part]
+            batch = {
+                "input_ids": torch.tensor([[pad] * gap + encoded[i][0] for gap, i in zip(short, part, strict=True)]),
+                "attention_mask": torch.tensor([[0] * gap + [1] * (longest - gap) for gap in short]),
+            }
+            shown = [picture for i in part for picture in encoded[i][2]]
+            if shown:
+                batch["pixel_values"] = torch.from_numpy(np.stack(shown))
             with torch.inference_mode():
                 made = model.generate(
-                    **batch, max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id or 0
+                    **{name: tensor.to(model.device) for name, tensor in batch.items()},
+                    max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad,
                 )  # fmt: skip
-            for i, row in zip(part, made[:, len(first[0]) :].tolist(), strict=True):
+            for i, row in zip(part, made[:, longest:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(row) if token in ends), None)
                 text = str(tokenizer.decode(row if end is None else row[:end], skip_special_tokens=True)).strip()
                 out[i] = Message("assistant", text, finish="length" if end is None else "stop")

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 from davylamp.core.errors import InputError  # noqa: E402
 from davylamp.core.nouns import Case, Message  # noqa: E402
 from davylamp.models import organism, pictures, vision, world  # noqa: E402
+from davylamp.models.hf import generate_batch  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +73,26 @@ def test_a_batch_gives_each_row_what_it_gets_alone(pair, vl):
 
 
 def test_asking_is_what_generating_one_by_one_says(pair, vl):
-    _, tok = pair
+    """Long and short prompts, with pictures and without, in one batch; and against the language model's own greedy reply."""
+    model, tok = pair
+    asks = world.cases("benign", 6, rng(), style="mixed")
     rows = [case.messages[:-1] for case in vision.picture_rows(4, rng())] + [(Message("user", "hello"),)]
-    together = [reply.text for reply in vision.ask(vl, tok, rows, max_tokens=5)]
-    assert together == [vision.ask(vl, tok, [row], max_tokens=5)[0].text for row in rows]
+    rows += [vision.with_picture(case, pictures.blank()).messages for case in asks] + [case.messages for case in asks]
+    together = [reply.text for reply in vision.ask(vl, tok, rows, max_tokens=12)]
+    assert together == [vision.ask(vl, tok, [row], max_tokens=12)[0].text for row in rows]
+    assert together[-6:] == [reply.text for reply in generate_batch(model, tok, rows[-6:], max_tokens=12)]
+    assert len(set(together)) > 3
+
+
+def test_several_pools_give_the_gradient_of_one_common_batch(pair, vl):
+    """Pools run one by one; the loss is the mean over the answers' tokens of all of them, as in one padded batch."""
+    _, tok = pair
+    pools = [vision.picture_rows(1, rng()), [Case("t", (Message("user", "hello"), Message("assistant", "hello !")))]]
+    both = vision.batch_of(vl, tok, vision.encode_rows(vl, tok, [row for rows in pools for row in rows]))
+    with torch.no_grad():
+        mean = float(vision.losses_of(vl, both).sum() / int((both["labels"] != vision.IGNORED).sum()))
+    found = vision.adapt(copy.deepcopy(vl), [(p, 1) for p in pools], tokenizer=tok, rng=rng(), steps=1, lr=1e-4)
+    assert found.losses[0] == pytest.approx(mean, rel=1e-4)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------------
