@@ -88,3 +88,21 @@ def guard_train(
 
     folder, record = train(name, rows, out, only=only or "", runs=runs, command=sys.argv[1:], **options)
     _print(folder, record, as_json)
+
+
+@guard.command("label")
+@click.argument("rows", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rater", required=True, help="Who labels: stands in every line.")
+@click.option(
+    "--guard", "name", default="", help="Show its score; of high_stakes also salient words and substitutions."
+)
+@click.option(
+    "--proposals", default="roles", show_default=True, help="roles, or the folder of a masked language model."
+)
+@click.option("--port", type=int, default=8090, show_default=True, help="Port on 127.0.0.1.")
+def guard_label(rows: Path, out: Path, rater: str, name: str, proposals: str, port: int) -> None:
+    """Label the texts of ROWS on a local page, and rewrite them until the guard lets them pass; labels are appended to OUT."""
+    from davylamp.label_page import run_label
+
+    run_label(rows, out, rater=rater, guard=name, proposals=proposals, port=port)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from davylamp.cli import FREE, _extra, _print, _report, json_option, main, runs_option
+from davylamp.cli import FREE, _echo_json, _extra, _gate, _print, _report, _rules, json_option, main, runs_option
 
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything that is drawn.")
 ROWS = click.Path(path_type=Path, exists=False)
@@ -140,6 +140,61 @@ def _names_and_options(words: tuple[str, ...], name: str) -> tuple[list[str], di
     return list(words[:first]), _extra(words[first:], name)
 
 
+@main.command("audit")
+@click.argument("model")
+@click.option("--data", required=True, type=ROWS, help="The rows that are to be trained on; each ends in the reply.")
+@click.option("--lr", type=float, default=2e-5, show_default=True, help="Learning rate of the planned full fine-tune.")
+@click.option("--batch", type=int, default=16, show_default=True, help="Rows a step.")
+@click.option("--epochs", type=int, default=1, show_default=True, help="How often each row is seen.")
+@click.option(
+    "--method",
+    type=click.Choice(["lora", "full"]),
+    default="lora",
+    show_default=True,
+    help="lora: measure with an adapter, at ten times the learning rate; full: train a whole copy.",
+)
+@click.option("--max-steps", type=int, default=300, show_default=True, help="Stop the fine-tune there.")
+@click.option("--rank", type=int, default=8, show_default=True, help="Of the adapter.")
+@click.option(
+    "--repeats", type=int, default=1, show_default=True, help="Fine-tune so often, in other orders of the rows."
+)
+@click.option("--probes", type=ROWS, help="Rows whose meta.set is hazards, lookalikes, benign, capability or task.")
+@click.option("--benchmarks", type=ROWS, help="Folder with public benchmark rows for the suites (see docs/check.md).")
+@click.option("--judge", default="refusal", show_default=True, help="Judges the probes.")
+@click.option("--guard", default="", help="Judge of harm for the rows themselves, e.g. llm_judge:model=openai/MODEL.")
+@click.option("--limit", type=int, help="Take only the first so many probes of each set or suite.")
+@click.option("--keep", type=ROWS, help="Write the fine-tuned copy to this folder [default: nowhere].")
+@click.option("--dry-run", is_flag=True, help="Say what it would cost, and train nothing that stays.")
+@click.option("--fail-if", "fail_if", multiple=True, metavar="LIMIT", help="Exit 1 if e.g. 'refusal_change.high < 0'.")
+@SEED
+@runs_option
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+def audit_command(model: str, dry_run: bool, fail_if: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Before anyone trains: estimate how a fine-tune of MODEL on these rows would move its safety.
+
+    Flags rows that look risky, runs a cheap LoRA fine-tune on a copy, asks the same probes before and after, and says what to do next.
+    Exit 1 if a limit is crossed, 3 if the model refuses too little to begin with.
+    """
+    from davylamp.audit import Planned, run_audit
+    from davylamp.audit_cost import report_costs
+
+    rules = _rules(fail_if)
+    plan = Planned(
+        **{name: options.pop(name) for name in ("lr", "batch", "epochs", "method", "max_steps", "rank", "repeats")}
+    )
+    folder, record, decisions = run_audit(
+        model, planned=plan, rules=rules, dry_run=dry_run, command=sys.argv[1:], **options
+    )
+    if dry_run:
+        _echo_json(dict(record.cost)) if as_json else report_costs(record.cost)
+        return
+    _print(folder, record, as_json)
+    _gate(decisions)
+    if record.about["verdict"] == "inconclusive":
+        raise SystemExit(3)
+
+
 @main.command("repair")
 @click.argument("tuned")
 @click.option("--aligned", required=True, help="The aligned model that TUNED was fine-tuned from.")
@@ -199,7 +254,7 @@ def repair_command(tuned: str, refusal: float, keep: float, over_refusal: float,
 @click.option("--host", help="Address to listen on [default: the policy's, else 127.0.0.1].")
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one [default: the policy's, else 8080].")
 @click.option("--workers", type=int, help="Processes [default: the policy's, else 1].")
-@click.option("--audit", type=click.Path(path_type=Path), help="Append one line a verdict to this file.")
+@click.option("--audit", type=click.Path(path_type=Path), help="Append one line a request to this file.")
 @click.option("--check", is_flag=True, help="Load policy and guards, say so, and end.")
 def serve_command(guards: tuple[str, ...], **options: Any) -> None:
     """Put guards in front of an OpenAI-compatible server: the judge that scored the suite decides what goes through."""

@@ -26,13 +26,18 @@ def run_study(
 ) -> tuple[Path, Record]:
     """The study's record, with one claim row each: text, held (True, False, or None: no interval to decide on), value, low, high.
 
-    options: the study's own. A study returns pairs (claim, estimate); with None for a claim the estimate is only shown.
+    options: the study's own. A study returns pairs (claim, estimate); with None for a claim the estimate is only shown. It may return
+    (pairs, figures) instead, with figures as `report/figures.py` draws them.
     """
     entry = find("study", name)
     given: dict[str, Any] = {"size": size, **({"seeds": seeds} if seeds is not None else {}), **(options or {})}
     filled = entry.options(given)
     started = time.monotonic()
     observed = entry.load()(**filled)
+    figures: list[dict[str, Any]] = []
+    if isinstance(observed, tuple):
+        observed, figures = observed
+    shown: dict[str, Any] = {"figures": figures} if figures else {}
     record = new_record(
         "study",
         entry.name,
@@ -40,6 +45,7 @@ def run_study(
         command=list(command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **versions(),
+        **shown,
     )
     claims = [
         {

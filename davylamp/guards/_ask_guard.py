@@ -12,7 +12,7 @@ from davylamp.core.needs import need
 from davylamp.core.nouns import Message
 from davylamp.data.guard_format import Format, Reading, defuse, judged_role, render
 from davylamp.data.guard_policy import Policy
-from davylamp.guards._retry import patiently
+from davylamp.models.retry import patiently
 
 if TYPE_CHECKING:
     import torch

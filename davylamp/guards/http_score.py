@@ -12,8 +12,8 @@ from urllib.parse import parse_qsl, urlsplit
 import aiohttp
 
 from davylamp.core import Case, InputError, Message, TargetError, Verdict, guard
-from davylamp.guards._retry import patiently
 from davylamp.models.openai import post_json, session
+from davylamp.models.retry import patiently
 
 Read = Callable[[Mapping[str, Any]], Verdict]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from davylamp.core import Case, InputError, Message, Target, UnknownNameError, Verdict, guard
 from davylamp.core.rows import canonical
-from davylamp.guards._retry import patiently
+from davylamp.models.retry import patiently
 from davylamp.models.targets import load_target
 
 ASSETS = Path(__file__).parent.parent / "assets" / "llm_judge"

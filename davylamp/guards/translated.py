@@ -9,7 +9,7 @@ from typing import Any
 
 from davylamp.core import Case, InputError, Message, TargetError, Verdict, guard
 from davylamp.core.judges import load_judge
-from davylamp.guards._retry import patiently
+from davylamp.models.retry import patiently
 from davylamp.models.targets import load_target
 
 ASK = (

@@ -160,12 +160,12 @@ def key_difference(ours: Collection[str], theirs: Collection[str], left: str, ri
 
 
 def vocabulary_size(config: Mapping[str, object]) -> int | None:
-    """Rows of the embedding by the configuration, also where the text model's configuration is nested.
+    """Rows of the embedding by the configuration. A nested one of the text model knows better: PaliGemma's outer one keeps an old size.
 
-    >>> vocabulary_size({"text_config": {"vocab_size": 48}})
+    >>> vocabulary_size({"vocab_size": 257152, "text_config": {"vocab_size": 48}})
     48
     """
-    for part in (config, config.get("text_config"), config.get("llm_config"), config.get("language_config")):
+    for part in (config.get("text_config"), config.get("llm_config"), config.get("language_config"), config):
         if isinstance(part, Mapping) and isinstance(size := part.get("vocab_size"), int):
             return size
     return None

@@ -142,10 +142,11 @@ class Gateway:
                 print(f"davylamp: {type(error).__name__} while counting: {error}", file=sys.stderr, flush=True)
 
     def tick(self) -> None:
-        """Note the experts' weights and leave the counts for the other workers."""
+        """Note the experts' weights and the requests since the last time, and leave the counts for the other workers."""
         for guard in self.guards.all:
             if weights := guard.weights():
                 self.metrics.weigh(guard.name, weights)
+        self.metrics.beat()
         self.board.write(self.metrics)
 
     async def close(self) -> None:

@@ -53,7 +53,9 @@ HELP = {
     "feedback": ("guard result", "Labels passed on to guards."),
     "audit_failures": ("", "Lines of the audit log that could not be written."),
 }
-LATEST = 50  # verdicts kept for the page
+LATEST = 50  # verdicts kept for the page, and as many of those that were not simply allowed
+BEAT = 10  # seconds that one bar of the page's chart stands for
+BEATS = 60  # bars
 WEIGHTS = 240  # points kept of the experts' weights
 
 
@@ -95,6 +97,9 @@ class Metrics:
         self.in_flight = 0
         self.started = time.time()
         self.latest: deque[tuple[float, Any, str] | dict[str, Any]] = deque(maxlen=LATEST)
+        self.notable: deque[tuple[float, Any, str] | dict[str, Any]] = deque(maxlen=LATEST)
+        self.beats: deque[list[int]] = deque(maxlen=BEATS)  # [number of the beat, allowed, blocked, other]
+        self._before = (0, 0, 0)
         self.weights: dict[str, deque[tuple[float, dict[str, float]]]] = {}
 
     def count(self, name: str, *labels: str) -> None:
@@ -115,7 +120,23 @@ class Metrics:
         if ruling.action == "warn":
             self.counts["warnings"][judged.guard, judged.side, ruling.level or ""] += 1
         self.took(judged.guard, judged.seconds)
-        self.latest.append((time.time(), judged, text))
+        item = (time.time(), judged, text)
+        self.latest.append(item)
+        if ruling.action != "allow" or judged.failure:
+            self.notable.append(item)
+
+    def beat(self) -> None:
+        """Add what has been answered since the last call to the bar of this time."""
+        sums = Counter[str]()
+        for (_, outcome), number in self.counts["requests"].items():
+            sums[outcome if outcome in ("allowed", "blocked") else "other"] += number
+        now = (sums["allowed"], sums["blocked"], sums["other"])
+        number = int(time.time() // BEAT)
+        if not self.beats or self.beats[-1][0] != number:
+            self.beats.append([number, 0, 0, 0])
+        for place, (new, old) in enumerate(zip(now, self._before, strict=True), 1):
+            self.beats[-1][place] += new - old
+        self._before = now
 
     def weigh(self, guard: str, weights: Mapping[str, float]) -> None:
         """Note the weights a guard has now; points that repeat the two before them only move the last one."""
@@ -136,6 +157,8 @@ class Metrics:
             "in_flight": self.in_flight,
             "started": self.started,
             "latest": [item if isinstance(item, dict) else _latest(*item) for item in self.latest],
+            "notable": [item if isinstance(item, dict) else _latest(*item) for item in self.notable],
+            "beats": [list(beat) for beat in self.beats],
             "weights": {name: [list(point) for point in points] for name, points in self.weights.items()},
         }
 
@@ -147,6 +170,11 @@ class Metrics:
             histogram = self.seconds.setdefault(name, Histogram())
             histogram.counts, histogram.sum = list(counts), total
         self.latest.extend(plain["latest"])
+        self.notable.extend(plain["notable"])
+        self.beats.extend(list(beat) for beat in plain["beats"])
+        kept, self.beats = self.beats, deque(maxlen=BEATS)
+        self.beat()  # what was counted before is not new
+        self.beats = kept
         for name, points in plain["weights"].items():
             self.weights[name] = deque(((at, weights) for at, weights in points), maxlen=WEIGHTS)
 

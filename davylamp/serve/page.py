@@ -21,11 +21,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from davylamp.serve.config import Policy
-from davylamp.serve.metrics import Histogram
+from davylamp.serve.metrics import BEAT, BEATS, Histogram
 
 HERE = Path(__file__).parent
 OUTCOMES = ("allowed", "blocked", "unavailable", "rejected", "upstream error", "disconnected")
-SHOWN = 30  # verdicts on the page
+SHOWN = 20  # verdicts in each table of the page
 
 Workers = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -50,9 +50,11 @@ def page(workers: Workers, policy: Policy, *, now: float | None = None) -> tuple
         uptime=_span(at - min(plain["started"] for _, plain in workers)),
         now=time.strftime("%H:%M:%S UTC", time.gmtime(at)),
         tiles=[("requests", total), *((name, requests[name]) for name in names), ("in flight", flight)],
+        rate=_rate(workers, at),
         guards=_guards(workers, policy),
         weights=_weights(workers, at),
-        latest=_latest(workers),
+        notable=_verdicts(workers, "notable"),
+        latest=_verdicts(workers, "latest"),
     )
     headers = {
         "Content-Type": "text/html; charset=utf-8",
@@ -139,8 +141,28 @@ def _weights(workers: Workers, now: float) -> list[dict[str, Any]]:
     return out
 
 
-def _latest(workers: Workers) -> list[dict[str, Any]]:
-    rows = sorted((row for _, plain in workers for row in plain["latest"]), key=lambda row: row["time"], reverse=True)
+def _rate(workers: Workers, now: float) -> dict[str, Any]:
+    """Bars of the requests that ended in each 10 s: blocked at the bottom, other endings above, allowed on top; heights in percent."""
+    sums: Counter[tuple[int, int]] = Counter()
+    for _, plain in workers:
+        for number, *kinds in plain["beats"]:
+            for kind, count in enumerate(kinds):
+                sums[number, kind] += count
+    last = int(now // BEAT)
+    numbers = range(last - BEATS + 1, last + 1)
+    most = max(max(sum(sums[number, kind] for kind in range(3)) for number in numbers), 1)
+    bars = []
+    for x, number in enumerate(numbers):
+        floor = 0.0
+        for kind, name in ((1, "blocked"), (2, "other"), (0, "allowed")):
+            if height := 100 * sums[number, kind] / most:
+                floor += height
+                bars.append({"name": name, "x": x * 10 + 1, "y": f"{100 - floor:.2f}", "height": f"{height:.2f}"})
+    return {"bars": bars, "width": BEATS * 10, "most": most, "seconds": BEAT, "since": f"{_span(BEAT * BEATS)} ago"}
+
+
+def _verdicts(workers: Workers, which: str) -> list[dict[str, Any]]:
+    rows = sorted((row for _, plain in workers for row in plain[which]), key=lambda row: row["time"], reverse=True)
     out = []
     for row in rows[:SHOWN]:
         value = row.get("value")

@@ -193,7 +193,7 @@ def test_a_judge_out_of_reach_abstains_and_is_counted(server, monkeypatch):
     async def at_once(seconds):
         return None
 
-    monkeypatch.setattr("davylamp.guards._retry.asyncio.sleep", at_once)
+    monkeypatch.setattr("davylamp.models.retry.asyncio.sleep", at_once)
     answers(server, {"a": '{"label": "safe"}', "b": '{"label": "safe"}'})
     gone = spec(server, "ab") + "+llm_judge:model=openai/c@http://127.0.0.1:9/v1"
     bench = load_jury(gone)

@@ -139,7 +139,7 @@ def test_json_that_is_none(server, monkeypatch):
     async def at_once(seconds):
         return None
 
-    monkeypatch.setattr("davylamp.guards._retry.asyncio.sleep", at_once)
+    monkeypatch.setattr("davylamp.models.retry.asyncio.sleep", at_once)
     server.answer = lambda body, number: web.Response(text="<html>hello</html>")
     with pytest.raises(TargetError, match="did not answer with JSON"):
         judged(server, "moderation")

@@ -144,7 +144,7 @@ def test_a_failing_model_is_asked_again_and_then_reported(server, monkeypatch):
     async def at_once(seconds):
         assert seconds <= 30
 
-    monkeypatch.setattr("davylamp.guards._retry.asyncio.sleep", at_once)
+    monkeypatch.setattr("davylamp.models.retry.asyncio.sleep", at_once)
     from aiohttp import web
 
     server.answer = lambda body, number: (

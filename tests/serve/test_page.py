@@ -99,6 +99,50 @@ def test_counts_survive_the_way_through_another_workers_file(tmp_path):
     assert 'code="odd\\"\\n\\\\code"' in text
 
 
+def test_what_was_not_simply_allowed_stands_by_itself_however_long_ago(pair):
+    _, gateway = pair
+    gateway.chat("forbidden once")
+    for _ in range(12):
+        gateway.chat("a")
+    html = gateway.ask("GET", "/")[2].decode()
+    notable, latest = (re.search(rf'<table id="{id}">(.*?)</table>', html, re.S)[1] for id in ("notable", "latest"))
+    assert notable.count(">blocked<") == 1 and ">blocked<" not in latest
+    assert "raised RuntimeError" in notable, "let pass, but without a verdict"
+
+
+def test_bars_hold_what_ended_in_their_time_and_every_request_once(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("davylamp.serve.metrics.time.time", lambda: clock[0])
+    policy = read_policy(upstream="http://h/v1", guards=["mix"])
+    one, board = Metrics(), Board(tmp_path, 0)
+    two = Metrics()
+    for at, outcomes in ((1000, ["allowed"] * 3), (1004, ["blocked"]), (1017, ["rejected", "allowed"])):
+        clock[0] = at
+        for outcome in outcomes:
+            one.count("requests", "chat", outcome)
+        one.beat()
+        one.beat()
+    two.count("requests", "chat", "allowed")
+    two.beat()
+    Board(tmp_path, 1).write(two)
+    assert [list(beat) for beat in one.beats] == [[100, 3, 1, 0], [101, 1, 0, 1]]
+    again = Metrics()
+    again.load(one.plain())
+    again.count("requests", "chat", "allowed")
+    again.beat()
+    assert [list(beat) for beat in again.beats] == [[100, 3, 1, 0], [101, 2, 0, 1]], (
+        "what was counted before is not new"
+    )
+    html = page(board.all(one), policy, now=1017.0)[0].decode()
+    bars = re.findall(r'<rect class="(\w+)" x="(\d+)" y="([\d.]+)" width="8" height="([\d.]+)"', html)
+    assert bars == [
+        ("blocked", "581", "75.00", "25.00"),
+        ("allowed", "581", "0.00", "75.00"),
+        ("other", "591", "75.00", "25.00"),
+        ("allowed", "591", "25.00", "50.00"),
+    ]
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 @needs_chromium
@@ -125,7 +169,7 @@ def test_in_a_browser_the_numbers_stand_and_move_with_scripts_off_and_on(pair, s
 @needs_chromium
 def test_in_a_browser_hostile_names_stay_text(pair, tmp_path):
     _, gateway = pair
-    gateway.gateway.metrics.weigh("mix", {EVIL: 0.4, "lax": 0.6})
+    gateway.gateway.guards.by_name["mix"].judge.function.weights = {EVIL: 0.4, "lax": 0.6}  # noted every second
 
     async def look():
         async with browse(f"http://127.0.0.1:{gateway.port}/") as view:

@@ -57,8 +57,8 @@ class Process:
             time.sleep(0.02)
         raise AssertionError(f"it did not say {pattern!r}: {self.said}")
 
-    def ask(self, body, path="/v1/chat/completions"):
-        """(status, outcome, id) of one request; None if the connection broke."""
+    def ask(self, body, path="/v1/chat/completions", *, verdicts=False):
+        """(status, outcome, id, body) of one request, and its verdicts' ids if asked; None if the connection broke."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
             connection.request(
@@ -69,7 +69,8 @@ class Process:
             )
             answer = connection.getresponse()
             data = answer.read()
-            return answer.status, answer.headers["X-Davylamp-Outcome"], answer.headers["X-Davylamp-Id"], data
+            found = answer.status, answer.headers["X-Davylamp-Outcome"], answer.headers["X-Davylamp-Id"], data
+            return (*found, answer.headers["X-Davylamp-Verdicts"]) if verdicts else found
         except (OSError, http.client.HTTPException):
             return None
         finally:
@@ -212,6 +213,51 @@ def test_killed_in_the_middle_nothing_acknowledged_is_missing_from_the_audit_log
     assert len(answered) >= 90 and len(set(answered)) == len(answered)
     assert set(answered) <= logged
     assert torn <= 3
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_no_label_that_was_acknowledged_is_forgotten(behind, tmp_path):
+    """Two workers learn on one state; after SIGKILL a new gateway knows every label it said it had taken."""
+    spec = f"aegis:experts={use('word')}+{use('severity')},state={tmp_path / 'state.sqlite'}"
+    policy = (
+        f'[server]\nport = 0\nworkers = 2\n[upstream]\nurl = "{behind.url}"\n[[guard]]\nuse = "{spec}"\non = "input"\n'
+    )
+    gateway = Process(tmp_path, policy)
+    taken, lock = [], threading.Lock()
+
+    def teach(number):
+        for step in range(1000):
+            question = {"messages": [{"role": "user", "content": f"{number} {step} " + "forbidden" * (step % 2)}]}
+            answer = gateway.ask(question, verdicts=True)
+            if answer is None:
+                return
+            label = gateway.ask({"id": answer[4], "label": step % 2}, "/v1/feedback")
+            if label is None:
+                return
+            if label[0] == 200:
+                with lock:
+                    taken.append(answer[4])
+
+    threads = [threading.Thread(target=teach, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 60
+    while len(taken) < 40 and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in [gateway.process.pid, *workers_of(gateway.process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    gateway.process.wait()
+    gateway.close()
+    assert len(taken) >= 40
+    again = Process(tmp_path, policy)
+    try:
+        for id in taken:
+            status, _, _, data, _ = again.ask({"id": id, "label": 1}, "/v1/feedback", verdicts=True)
+            assert status == 409, (id, data)
+    finally:
+        again.end()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How a guard asks a model or a server again; the runner repeats only calls of the target under test."""
+"""How a guard or a data engine asks a model or a server again; the runner repeats only calls of the target under test."""
 
 from __future__ import annotations
 
