@@ -12,11 +12,13 @@ pytestmark = pytest.mark.claims
 
 
 @pytest.mark.slow
-def test_claims_and_controls_hold():
-    """One seed, for time: each claim on its interval's end, but for the share of right verdicts, of which three are too few."""
+def test_claims_controls_and_verdicts():
+    """One seed, for time."""
     torch.set_num_threads(1)
-    observed = [(claim, estimate) for claim, estimate in unlearning_limits(size="quick", seeds=(0,)) if claim]
-    assert len(observed) == 14 and sum(claim.control for claim, _ in observed) == 4
-    *most, (_, right) = observed
-    assert not [(claim.text, e.low, e.high) for claim, e in most if claim.held(e) is not True]
-    assert right.value == 1.0 and right.n == 3
+    observed = unlearning_limits(size="quick", seeds=(0,))
+    claims = [(claim, estimate) for claim, estimate in observed if claim]
+    assert len(claims) == 15 and sum(claim.control for claim, _ in claims) == 5
+    assert not [(claim.text, e.low, e.high) for claim, e in claims if claim.held(e) is not True]
+    verdicts = {e.arm: e.name for claim, e in observed if claim is None and e.name.startswith("verdict")}
+    assert verdicts["oracle"] == "verdict: removed as far as tested"
+    assert verdicts["refusal training"] == "verdict: hidden" and verdicts["base"] == "verdict: not forgotten"
