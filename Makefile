@@ -28,8 +28,8 @@ test: $(VENV)/dev.done  ## all tests
 slow: $(VENV)/dev.done  ## only the slow tests
 	$(PYTEST) -m slow
 
-claims: $(VENV)/dev.done ## every claim beside its control
-	$(PYTEST) tests/claims
+claims: $(VENV)/dev.done ## every claim beside its control, those that take minutes among them
+	DAVYLAMP_LONG=1 $(PYTEST) tests/claims
 
 docs: $(VENV)/dev.done  ## the documentation site, in site/
 	$(INSTALL) -e '.[docs]'

@@ -19,6 +19,7 @@ def observed():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_claims_and_controls_hold(observed):
     claims = [(claim, estimate) for claim, estimate in observed if claim is not None]
     assert len(claims) >= 25 and sum(claim.control for claim, _ in claims) >= 8
@@ -27,6 +28,7 @@ def test_claims_and_controls_hold(observed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_harm_score_is_there_by_category(observed):
     scores = [e for claim, e in observed if claim is None and e.name == "harm_score" and e.category]
     assert len(scores) >= 5 and all(1 <= e.value <= 5 for e in scores)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.claims
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_claims_and_controls_hold():
     torch.set_num_threads(1)
     observed = continued_pretraining(size="quick", seeds=(0, 1, 2))

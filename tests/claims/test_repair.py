@@ -13,7 +13,7 @@ from davylamp.apply import run_data, run_train
 from davylamp.core.rows import CaseFile, write_cases
 from davylamp.repair import run_repair
 
-pytestmark = [pytest.mark.claims, pytest.mark.slow]
+pytestmark = [pytest.mark.claims, pytest.mark.slow, pytest.mark.long]
 SEEDS = (0, 1, 2)
 EDITS = ("alignment", "somf")
 
