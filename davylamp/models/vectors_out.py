@@ -376,7 +376,10 @@ def _logits_are_finite(folder: Path) -> str:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = known[0].from_pretrained(folder, dtype=torch.float32).eval()
+        # bfloat16 has the range of float32, so it is read as it lies; float16 could overflow where the model does not
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "")
+        wide = torch.bfloat16 if stored.endswith("bfloat16") else torch.float32
+        model = known[0].from_pretrained(folder, dtype=wide).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as problem:
         raise InputError(f"the result does not load: {str(problem).strip().splitlines()[0]}") from None
     finally:
