@@ -7,7 +7,7 @@ pytest.importorskip("PIL")
 
 from davylamp.studies.vl_adaptation import vl_adaptation
 
-pytestmark = [pytest.mark.claims, pytest.mark.slow]
+pytestmark = [pytest.mark.claims, pytest.mark.slow, pytest.mark.long]
 
 
 def test_claims_and_controls_hold_over_two_seeds():
