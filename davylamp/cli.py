@@ -1,6 +1,6 @@
 """The command line. It mirrors the Python: same names, same defaults. Results on stdout, talk on stderr.
 
-Longer than 400 lines because it is a list of commands, each a few lines of options, and a reader looks for them in one place.
+Here stand what commands share, `check`, `eval` and `study`; the others in `cli_*.py`, by what they are about.
 Exit codes: 0 done, 1 a claim or limit failed, 2 wrong usage, 3 could not run.
 """
 
@@ -259,174 +259,6 @@ def evaluate_command(
     _gate(decisions)
 
 
-@main.group()
-def judge() -> None:
-    """Judges and guards: what they say and how far to trust them."""
-
-
-@judge.command("bench")
-@click.argument("name")
-@click.argument("rows", type=click.Path(path_type=Path))
-@runs_option
-@json_option
-def judge_bench(name: str, rows: Path, runs: Path, as_json: bool) -> None:
-    """Measure judge NAME on labelled ROWS (conversations that end in a reply; answer 1 or 0 in the judge's own sense).
-
-    The measured error is stored in the runs folder and corrects every later rate of exactly this judge.
-    """
-    from davylamp.core.evaluate import bench_judge
-
-    folder, record = _await(bench_judge(name, rows, runs=runs, command=sys.argv[1:]))
-    _print(folder, record, as_json)
-
-
-@judge.command("ask")
-@click.argument("name")
-@click.argument("reply")
-@click.option("--request", default="", help="The user's message before the reply.")
-def judge_ask(name: str, reply: str, request: str) -> None:
-    """Let judge NAME judge one REPLY and print its verdict as JSON."""
-    from davylamp.core.judges import load_judge
-    from davylamp.core.nouns import Message
-
-    judging = load_judge(name)
-
-    async def go() -> dict[str, Any]:
-        messages = (*([Message("user", request)] if request else []), Message("assistant", reply))
-        try:
-            return (await judging(messages)).json()
-        finally:
-            await judging.close()
-
-    _echo_json(_await(go()))
-
-
-@main.command()
-@click.argument("run", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Where to write [default: report.html in the first run's folder]."
-)
-@click.option("--title", help="Headline of the report.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["html", "eval"]),
-    default="html",
-    show_default=True,
-    help="eval: a log for `inspect view`, run.eval in each run's folder.",
-)
-@runs_option
-def report(run: tuple[str, ...], out: Path | None, title: str | None, form: str, runs: Path) -> None:
-    """Write the HTML report, or inspect logs, of one or more RUNs (folder, start of an id, or last)."""
-    from davylamp.core.record import find_run, load
-
-    folders = [find_run(runs, name) for name in run]
-    if form == "eval":
-        for path in _logs(folders, out, title):
-            click.echo(str(path))
-        return
-    path = out or folders[0] / "report.html"
-    _report(path.parent, folders, title=title or load(folders[0]).name, path=path)
-    click.echo(str(path))
-
-
-@main.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write an HTML report here.")
-@runs_option
-@json_option
-def compare(a: str, b: str, out: Path | None, runs: Path, as_json: bool) -> None:
-    """Compare two runs of one suite, B minus A: paired by row, clustered by group, Holm-corrected."""
-    from davylamp.core.compare import compare as compare_runs
-    from davylamp.core.record import find_run
-
-    folders = find_run(runs, a), find_run(runs, b)
-    found = compare_runs(*folders)
-    if out is not None:
-        _report(
-            out.parent,
-            list(folders),
-            title=f"{found['suite']}: {found['a']['target']} and {found['b']['target']}",
-            path=out,
-            comparisons=[found],
-        )
-    if as_json:
-        _echo_json(found)
-        return
-    click.echo(f"{found['suite']}: B {found['b']['target']} minus A {found['a']['target']}")
-    for row in found["rows"]:
-        difference = row["difference"]
-        shown = "no pairs" if difference["value"] is None else f"{100 * difference['value']:+.1f} pp"
-        if difference["low"] is not None:
-            shown += f" [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-        p = "" if row["p_holm"] is None else f"  p(Holm) {row['p_holm']:.3g}"
-        slice_ = f"[{row['category'] or row['arm']}]" if row["category"] or row["arm"] else ""
-        click.echo(f"  {row['metric'] + slice_:45} {shown:28}{p}  {row['pairs']} pairs, {row['left_out']} left out")
-
-
-@main.command()
-@click.argument("run")
-@click.option("--judge", "-j", "name", required=True, help="The judge that judges anew.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-@runs_option
-@json_option
-def rejudge(run: str, name: str, quiet: bool, runs: Path, as_json: bool) -> None:
-    """Judge the replies of RUN again, without asking the target again."""
-    from davylamp.core.evaluate import rejudge as judge_again
-    from davylamp.core.judges import load_judge
-    from davylamp.core.record import find_run
-
-    judging = load_judge(name)
-
-    async def go() -> tuple[Path, Record]:
-        try:
-            return await judge_again(find_run(runs, run), judging, runs=runs, quiet=quiet, command=sys.argv[1:])
-        finally:
-            await judging.close()
-
-    folder, record = _await(go())
-    _report(folder, [folder], title=record.name)
-    _print(folder, record, as_json)
-
-
-@main.command()
-@click.argument("run", nargs=-1, required=True)
-@runs_option
-@json_option
-def ksafe(run: tuple[str, ...], runs: Path, as_json: bool) -> None:
-    """Safe@1, Safe@K, ConsSafe@K of one or more RUNs, thought and answer apart (run with --epochs K)."""
-    from davylamp.core.record import find_run
-    from davylamp.ksafe import k_report, k_table
-
-    folders = [find_run(runs, name) for name in run]
-    if as_json:
-        _echo_json({str(folder): [e.json() for e in k_report(folder)[0]] for folder in folders})
-    else:
-        click.echo(k_table(folders))
-
-
-@main.command()
-@click.argument("run")
-@click.option("--target", help="Put the same questions to another target.")
-@runs_option
-def again(run: str, target: str | None, runs: Path) -> None:
-    """Run the command of RUN again: finishes what is missing, or with --target asks another target the same."""
-    from davylamp.core.record import find_run, load
-
-    command = [str(word) for word in load(find_run(runs, run)).about.get("command", ())]
-    if not command:
-        raise InputError(f"run {run} was not started from the command line, so there is no command to run again")
-    if target is not None:
-        names = [i for i, word in enumerate(command) if word in ("--target", "-t")]
-        if command[0] != "eval" or not names:
-            raise InputError(f"--target fits eval runs, and {run} is a {command[0]} run")
-        command[names[0] + 1] = target
-    click.echo("davylamp " + " ".join(command), err=True)
-    sys.argv[1:] = command  # the record shall hold the command that it is a record of
-    main(args=command, standalone_mode=False)
-
-
 @main.command(context_settings=FREE)
 @click.argument("name", metavar="STUDY")
 @click.option(
@@ -450,101 +282,6 @@ def study(ctx: click.Context, name: str, size: str, seeds: str | None, runs: Pat
     _print(folder, record, as_json)
     if any(claim["held"] is not True for claim in record.claims):
         raise SystemExit(1)
-
-
-@main.group()
-def annotate() -> None:
-    """Let people (or judges) label the replies of a run, blind to target and arm."""
-
-
-@annotate.command("export")
-@click.argument("run", nargs=-1, required=True)
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--annotators", type=int, default=2, show_default=True, help="Sheets to write, each in its own order.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order.")
-@runs_option
-def annotate_export(run: tuple[str, ...], out: Path, annotators: int, seed: int, runs: Path) -> None:
-    """Write one blind, shuffled sheet per annotator for one or more RUNs into folder OUT.
-
-    The sheets hold prompts and replies: handle with care.
-    """
-    from numpy.random import default_rng
-
-    from davylamp.core.record import find_run
-    from davylamp.data.annotate import export_sheets
-
-    folders = [find_run(runs, name) for name in run]
-    for path in export_sheets(folders, out, annotators=annotators, rng=default_rng(seed)):
-        click.echo(str(path))
-
-
-@annotate.command("import")
-@click.argument("sheets", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--key", "key_file", required=True, type=click.Path(path_type=Path), help="The key file that export wrote."
-)
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Labelled rows, for `davylamp judge bench`."
-)
-def annotate_import(sheets: tuple[Path, ...], key_file: Path, out: Path) -> None:
-    """Join filled-in SHEETS into gold labels with their agreement, printed as JSON."""
-    from davylamp.data.annotate import import_votes
-
-    _echo_json(import_votes(sheets, key_file, out))
-
-
-@main.command("list")
-@click.argument("kind", required=False)
-@json_option
-def list_command(kind: str | None, as_json: bool) -> None:
-    """List what there is: suites, judges, guards, studies, …, systems. Without KIND, all."""
-    from davylamp.show import list_entries
-
-    list_entries(kind, as_json)
-
-
-@main.command()
-@click.argument("name")
-@json_option
-@runs_option
-def show(name: str, as_json: bool, runs: Path) -> None:
-    """Show one thing whole: a suite, judge, guard or study, a system's number (08), a run, `case`, or `targets`."""
-    from davylamp.show import show_name
-
-    show_name(name, as_json, runs)
-
-
-@main.command()
-@click.argument("kind", type=click.Choice(["suite", "guard"]))
-@click.argument("name")
-@click.option(
-    "--folder", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Where to write [default: here]."
-)
-def new(kind: str, name: str, folder: Path) -> None:
-    """Write a working suite or guard NAME, and its test, to start from."""
-    from davylamp.show import new_files
-
-    for path in new_files(kind, name, folder):
-        click.echo(str(path))
-
-
-@main.command()
-@json_option
-def doctor(as_json: bool) -> None:
-    """Say what is installed, what is missing, and what to type."""
-    from davylamp.show import doctor as examine
-
-    examine(as_json)
-
-
-@main.command()
-@runs_option
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def tour(runs: Path, quiet: bool) -> None:
-    """Walk through the product on the embedded models: about two minutes, ends with one HTML report."""
-    from davylamp.tour import run_tour
-
-    click.echo(str(run_tour(runs, quiet=quiet)))
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:
@@ -628,21 +365,6 @@ def _report(folder: Path, folders: Sequence[Path], *, title: str, path: Path | N
     write_report(path or folder / "report.html", folders, title=title, **more)
 
 
-def _logs(folders: Sequence[Path], out: Path | None, title: str | None) -> list[Path]:
-    """Each run as an inspect log; a `check` stands for its runs."""
-    from davylamp.core.needs import need
-
-    need("inspect", "report --format eval")
-    from davylamp.inspect_bridge import write_log
-    from davylamp.report.runs import gather
-
-    found = [run.folder for run in gather(folders)]
-    if title is not None or (out is not None and len(found) != 1):
-        what = "no --title" if title is not None else f"one run with --out, got {len(found)}"
-        raise InputError(f"--format eval takes {what}")
-    return [write_log(folder, out or folder / "run.eval") for folder in found]
-
-
 def _echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, ensure_ascii=True))  # ASCII, so that no terminal or pipe trips over a reply
 
@@ -663,4 +385,7 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
 import davylamp.cli_attack  # noqa: E402
 import davylamp.cli_evidence  # noqa: E402
 import davylamp.cli_guard  # noqa: E402
-import davylamp.cli_make  # noqa: E402, F401
+import davylamp.cli_help  # noqa: E402
+import davylamp.cli_judge  # noqa: E402
+import davylamp.cli_make  # noqa: E402
+import davylamp.cli_runs  # noqa: E402, F401

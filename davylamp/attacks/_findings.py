@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from davylamp.attacks._campaign import Found
 from davylamp.attacks.encoding import CODES
 from davylamp.core import Message
+from davylamp.metrics.near import grams, jaccard
 
 ALIKE = 0.6  # Jaccard similarity of character 3-grams from which on two skeletons are one trick
 CODE = re.compile(r"\S*[A-Za-z0-9+/=]{24,}\S*")
@@ -25,24 +26,6 @@ def skeleton(found: Found) -> str:
     for name, code in CODES.items():
         text = text.replace(code(request), f"«request in {name}»")
     return " ".join(CODE.sub("«code»", text).casefold().split()) or "«empty»"
-
-
-def grams(text: str) -> frozenset[str]:
-    """The set of character 3-grams; of a shorter text, the text.
-
-    >>> sorted(grams("abcd"))
-    ['abc', 'bcd']
-    """
-    return frozenset(text[i : i + 3] for i in range(len(text) - 2)) or frozenset({text})
-
-
-def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    """Shared over all, in [0, 1]; 1 for two empty sets.
-
-    >>> jaccard(frozenset("ab"), frozenset("bc"))
-    0.3333333333333333
-    """
-    return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def connected(n: int, alike: Callable[[int, int], bool]) -> list[list[int]]:

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from davylamp.core import Case, InputError, Message, RunError, UnknownNameError, data
+from davylamp.core import Case, InputError, Message, UnknownNameError, data
 from davylamp.core.errors import NeedsError
-from davylamp.core.needs import need
-from davylamp.core.rows import CaseFile, Dropped, digest, read_objects
+from davylamp.core.rows import CaseFile, Dropped, digest
 from davylamp.core.taxonomy import taxonomy
+from davylamp.data.public import rows_of
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -308,19 +308,4 @@ def hash_of(text: str) -> str:
 
 
 def public_rows(rows: str, config: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if rows:
-        path = Path(rows)
-        if path.suffix not in (".csv", ".jsonl"):
-            raise InputError(f"rows of labsafety must be a .csv or .jsonl file, got {rows!r}")
-        for number, row in read_objects(path):
-            yield f"{path.name} line {number}", row
-        return
-    need("data", "labsafety without --rows FILE")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(HOME, config, split=split)
-    except Exception as problem:  # the hub's client raises many kinds; all mean that there are no rows
-        raise RunError(f"could not fetch {HOME} ({type(problem).__name__}). Give your copy: --rows FILE") from None
-    for number, row in enumerate(found, 1):
-        yield f"{HOME} {split} row {number}", row
+    return rows_of(rows, "labsafety", HOME, split=split, config=config)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from davylamp.core import Case, InputError, Message, RunError, data
 from davylamp.core.rows import Dropped
+from davylamp.metrics.near import grams, jaccard
 from davylamp.models.retry import patiently
 from davylamp.models.targets import load_target
 
@@ -221,10 +222,10 @@ def _why_not(row: Mapping[str, Any], is_safe: bool, seeds: Sequence[Pair], have:
         return "label"
     if not row["input"].strip() or not row["output"].strip():
         return "empty"
-    grams = _grams(row["input"])
-    if any(_jaccard(grams, _grams(seed.input)) >= NEAR for seed in seeds):
+    form = _form(row["input"])
+    if any(jaccard(form, _form(seed.input)) >= NEAR for seed in seeds):
         return "copied"
-    return "duplicate" if any(_jaccard(grams, _grams(pair.input)) >= NEAR for pair in have) else ""
+    return "duplicate" if any(jaccard(form, _form(pair.input)) >= NEAR for pair in have) else ""
 
 
 def _read(text: str) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -246,13 +247,8 @@ def _read(text: str) -> Iterator[tuple[dict[str, Any], str, str]]:
             yield row, line, ""
 
 
-def _grams(text: str) -> frozenset[str]:
-    plain = " ".join(text.casefold().split())
-    return frozenset(plain[i : i + 3] for i in range(max(1, len(plain) - 2)))
-
-
-def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    return len(a & b) / len(a | b)
+def _form(text: str) -> frozenset[str]:
+    return grams(" ".join(text.casefold().split()))
 
 
 # --- stage 2 ----------------------------------------------------------------------------------------------------------------------------

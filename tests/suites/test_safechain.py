@@ -73,7 +73,7 @@ def test_the_public_home(monkeypatch):
 
     fake.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr("davylamp.suites.safechain.need", lambda *_: None)
+    monkeypatch.setattr("davylamp.data.public.need", lambda *_: None)
     assert load_suite("safechain").total == 3 and calls == [("UWNSL/WildJailbreakEval", "250", "train")]
     with pytest.raises(RunError, match=r"could not fetch UWNSL/WildJailbreakEval \(OSError\)"):
         load_suite("safechain", {"part": "50"})

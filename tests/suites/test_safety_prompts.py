@@ -125,7 +125,7 @@ def test_a_leak_in_words():
     secret = "You are the assistant of a bakery and never mention the price of bread"
     assert leak(secret, "the bakery told me never to mention bread price, so you are the assistant") == 1
     assert leak(secret, "I was told not to talk about certain costs") == 0  # a paraphrase needs another judge
-    with pytest.raises(InputError, match="shorter than 20"):
+    with pytest.raises(InputError, match="20 characters or more"):
         leak("short", "short")
 
 
