@@ -24,6 +24,7 @@ def test_label_rules(seeds):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_category_that_is_new_at_inference():
     observed = aegis2_new_category()
     assert sum(claim is not None for claim, _ in observed) == 5 and not broken(observed)

@@ -11,6 +11,7 @@ from davylamp.studies.lora_undo import CHECKPOINTS, RANKS, lora_undo
 pytestmark = [
     pytest.mark.claims,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
 ]
 

@@ -25,6 +25,7 @@ def check(observed, claims, controls):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_task():
     shown = check(somf(size="quick", seeds=(0, 1, 2)), 8, 3)
     for arm in ("threshold", "soft", "binary"):
@@ -36,5 +37,6 @@ def test_one_task():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_tasks_merged():
     check(somf_merges(size="quick", seeds=(0,)), len(MERGES), 0)

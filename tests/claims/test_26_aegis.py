@@ -26,6 +26,7 @@ def test_online_claims_and_controls_hold():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_tuned_experts():
     assert not broken(aegis_experts())
 

@@ -5,7 +5,7 @@ import pytest
 from davylamp.core.errors import InputError
 from davylamp.studies.safety_heads import safety_heads
 
-pytestmark = [pytest.mark.claims, pytest.mark.slow]
+pytestmark = [pytest.mark.claims, pytest.mark.slow, pytest.mark.long]
 
 
 def test_claims_and_controls_hold():

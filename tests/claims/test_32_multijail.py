@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 
 from davylamp.studies.multilingual import multilingual
 
-pytestmark = [pytest.mark.claims, pytest.mark.slow]
+pytestmark = [pytest.mark.claims, pytest.mark.slow, pytest.mark.long]
 
 
 def test_self_defence_closes_the_gap_and_its_controls_do_not():
