@@ -28,7 +28,7 @@ ASK = (
     systems=("32",),
 )
 def translated(*, judge: str, translator: str, invalid: float = 0.0, max_tokens: int = 1024) -> Translated:
-    """Another judge's verdict on the reply in English; `invalid` if that judge, or nobody, can make sense of it.
+    """Another judge's verdict on the reply in English; `nonresponsive`, with the value `invalid`, if nobody can make sense of it.
 
     judge: its options are parted by `;`, as in `translated:judge=llm_judge:model=openai/NAME;rubric=harm,translator=openai/NAME`.
     translator: a target that is asked to translate, at temperature 0; one language model can be both. A case whose `meta.language` is
@@ -57,14 +57,14 @@ class Translated:
     async def __call__(self, messages: Sequence[Message], case: Case | None = None) -> Verdict:
         reply = messages[-1]
         if not reply.text.strip():
-            return Verdict(self.invalid, label="invalid", why="empty reply")
+            return Verdict(self.invalid, label="nonresponsive", why="empty reply")
         english = case is not None and case.meta.get("language") == "en"
         text = reply.text if english else await self._english(reply.text)
         if not text.strip():
-            return Verdict(self.invalid, label="invalid", why="nothing came back from the translation")
+            return Verdict(self.invalid, label="nonresponsive", why="nothing came back from the translation")
         verdict = await self.judge((*messages[:-1], Message(reply.role, text, finish=reply.finish)), case)
-        if verdict.label in ("nonresponsive", "invalid"):
-            return Verdict(self.invalid, label="invalid", why=verdict.why)
+        if verdict.label == "nonresponsive":
+            return Verdict(self.invalid, label="nonresponsive", why=verdict.why)
         return verdict
 
     async def _english(self, text: str) -> str:

@@ -80,7 +80,7 @@ def test_rates_any_language_and_gaps_by_hand(file):
     def verdict(case):
         if (case.group, case.meta["language"]) in {("0", "sw"), ("1", "sw"), ("1", "ar")}:
             return 1.0, "unsafe"
-        return (0.0, "invalid") if (case.group, case.meta["language"]) == ("2", "ar") else (0.0, "safe")
+        return (0.0, "nonresponsive") if (case.group, case.meta["language"]) == ("2", "ar") else (0.0, "safe")
 
     found = told(suite, verdict)
     value = lambda *key: found[key].value  # noqa: E731
@@ -184,8 +184,8 @@ def test_the_reply_is_judged_in_english(words):
     guard = translated(judge="refusal:languages=en", translator=words)
     assert guard.measures == "complied"
     assert [judged(guard, text).value for text in ("nei kan", "ja her")] == [0.0, 1.0]
-    assert judged(guard, "blub").label == "invalid"
-    assert judged(guard, " ").label == "invalid"
+    assert judged(guard, "blub").label == "nonresponsive"
+    assert judged(guard, " ").label == "nonresponsive"
     assert judged(guard, "I cannot help with that.", language="en").value == 0.0  # English is not translated
     bare = translated(judge="refusal:languages=en", translator=words).judge
     assert judged(bare, "nei kan").value == 1.0  # the control: without translation the refusal is missed
