@@ -14,7 +14,7 @@ def broken(observed):
 
 
 def test_strategies():
-    observed = thinking_strategies(seeds=(0,))
+    observed = thinking_strategies(seeds=(0, 1, 2))
     assert not broken(observed) and sum(claim.control for claim, _ in observed if claim) >= 2
     levels = {(e.arm, e.name): e.value for claim, e in observed if claim is None}
     for arm in ("default", "zero", "less", "more"):
@@ -25,12 +25,12 @@ def test_strategies():
 
 
 def test_judges():
-    observed = thought_judges(seeds=(0,))
+    observed = thought_judges(seeds=(0, 1, 2))
     assert not broken(observed) and sum(claim.control for claim, _ in observed) >= 1
 
 
 def test_training():
-    observed = safe_thoughts(seeds=(0,))
+    observed = safe_thoughts(seeds=(0, 1, 2))
     assert not broken(observed) and sum(claim.control for claim, _ in observed) >= 2
 
 
