@@ -1,4 +1,4 @@
-"""The commands over what exists and what was shown: the coverage map and the safety case. The rest of the command line is in `cli.py`."""
+"""The commands over what exists and what was shown: coverage map, safety case, evaluation cards. The rest is in `cli.py`."""
 
 from __future__ import annotations
 
@@ -65,3 +65,28 @@ def case(
     click.echo(f"{folder}/report.html", err=True)
     if found.verdict != PASS:
         raise SystemExit(1 if found.verdict == FAIL else 3)
+
+
+@main.command()
+@click.argument("suites", nargs=-1, metavar="[SUITE]...")
+@click.option(
+    "--from", "evidence", multiple=True, metavar="RUN", help="A run whose judge, number and age count (again for more)."
+)
+@click.option("--cards", "own", type=FILE, help="Your own cards (TOML), over ours.")
+@runs_option
+@json_option
+def cards(suites: tuple[str, ...], evidence: tuple[str, ...], own: Path | None, runs: Path, as_json: bool) -> None:
+    """Show what each suite measures, by which judge, how fresh, and whether it can decide anything; whole for each SUITE named."""
+    from datetime import UTC, datetime
+
+    from davylamp.core.record import find_run
+    from davylamp.report.cards import cards as made
+    from davylamp.report.cards import named, text
+    from davylamp.report.runs import gather
+
+    found = made(gather([find_run(runs, name) for name in evidence]), own=own, now=datetime.now(UTC))
+    chosen = named(suites, found) if suites else found
+    if as_json:
+        _echo_json([card.json() for card in chosen])
+    else:
+        click.echo(text(chosen, whole=bool(suites)))
