@@ -34,7 +34,7 @@ Scores = dict[
 ]  # view -> category -> 1.0 for each right reply, in the order of the questions
 SIZES = {"quick": 50, "full": 90}  # questions of each category
 HELPFUL_STEPS, HELPFUL_LR = 350, 3e-3
-STEPS, LR, BATCH = 60, 5e-4, 32
+STEPS, LR, BATCH = 120, 5e-4, 32
 PER_CATEGORY = 60  # prompts wanted of the generator
 GENERAL, WRAPPED = (
     600,
