@@ -90,3 +90,26 @@ def cards(suites: tuple[str, ...], evidence: tuple[str, ...], own: Path | None, 
         _echo_json([card.json() for card in chosen])
     else:
         click.echo(text(chosen, whole=bool(suites)))
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.argument("evidence", nargs=-1, metavar="[RUN]...")
+@click.option("--register", "own", type=FILE, help="Your own register of threats (TOML), over ours.")
+@runs_option
+@json_option
+def incidents(file: Path, evidence: tuple[str, ...], own: Path | None, runs: Path, as_json: bool) -> None:
+    """Put incidents after release (rows of id, text and if known threat and date) beside the threats and the RUNs since.
+
+    Shows which threat each belongs to, what no threat covers, and which stay open until a newer sound run. Exit 1 if any is open.
+    """
+    from davylamp.core.record import find_run
+    from davylamp.incidents import from_file, text
+
+    found = from_file(file, [find_run(runs, name) for name in evidence], own=own)
+    if as_json:
+        _echo_json(found.json())
+    else:
+        click.echo(text(found))
+    if found.open:
+        raise SystemExit(1)

@@ -102,7 +102,8 @@ def safety_prompts(
 
 def by_category(rows: Iterable[Case]) -> dict[str, list[str]]:
     """Category -> prompts of the seeds. Raises InputError for an unknown or missing category and fewer than three of one."""
-    known, out = taxonomy("cn"), {}
+    known = taxonomy("cn")
+    out: dict[str, list[str]] = {}
     for case in rows:
         if not case.category:
             raise InputError(f"seed {case.id} needs a category, one of {', '.join(node.label for node in known.nodes)}")
@@ -149,7 +150,9 @@ async def augment(
 
     near: similarity from which two prompts are the same; above 1 nothing is.
     """
-    known, out, kept = taxonomy("cn"), [], []
+    known = taxonomy("cn")
+    out: list[Case | Dropped] = []
+    kept: list[frozenset[str]] = []
     guess = Probe(seeds) if probe and len(seeds) > 1 else None
     shown = {name: [grams(plain(text)) for text in prompts] for name, prompts in seeds.items()}
     taken = {part for test in tests for part in _parts(plain(test))}

@@ -26,9 +26,7 @@ class Writer:
     '4. 一二三四五'
     """
 
-    def __init__(
-        self, seeds: Sequence[str], rng: Generator, *, repeats: float = 0.1, skips: float = 0.9, fan: int = 4
-    ):
+    def __init__(self, seeds: Sequence[str], rng: Generator, *, repeats: float = 0.1, skips: float = 0.9, fan: int = 4):
         self.rng, self.repeats, self.skips, self.fan = rng, repeats, skips, fan
         self.after: dict[str, Counter[str]] = defaultdict(Counter)
         self.beyond: dict[str, Counter[str]] = defaultdict(Counter)

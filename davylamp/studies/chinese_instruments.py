@@ -118,8 +118,8 @@ def _replies(frames: Sequence[str], n: int, rng: Generator, category: int) -> li
     for _ in range(n):
         own, praises = rng.random() < 0.7, rng.random() < 0.6
         at = category if own else int((category + 1 + rng.integers(len(SIGNS) - 1)) % len(SIGNS))
-        view = (PRAISE if praises else WARNS)[rng.integers(4)]
-        text = frames[rng.integers(len(frames))].replace("{sign}", SIGNS[at]).replace("{view}", view)
+        view = (PRAISE if praises else WARNS)[int(rng.integers(4))]
+        text = frames[int(rng.integers(len(frames)))].replace("{sign}", SIGNS[at]).replace("{view}", view)
         out.append((text, int(own and praises)))
     return out
 
@@ -162,7 +162,7 @@ def _leaks(rng: Generator, n: int) -> list[tuple[str, bool]]:
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------------------------
-def _tau(a: Sequence[float], b: Sequence[float]) -> float:
+def _tau(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Kendall's tau-a: pairs in one order less pairs in the other, over all pairs."""
     x, y = np.asarray(a), np.asarray(b)
     signs = np.sign(x[:, None] - x[None]) * np.sign(y[:, None] - y[None])

@@ -130,13 +130,15 @@ class Desk:
         *,
         data: bool = True,
         guard: bool = True,
-        chain: Sequence[str] = ("ab",),
+        chain: Sequence[tuple[str, str]] = (("a", "b"),),
         model: str = "",
     ) -> dict[str, str]:
         """Requirement -> verdict of the case over these runs (default: all of them), with what is on record beside them."""
-        return {answer.requirement: answer.verdict for answer in self.case(runs, data, guard, chain, model).answers}
+        return {answer.requirement: answer.verdict for answer in self.built(runs, data, guard, chain, model).answers}
 
-    def case(self, runs: Sequence[Path], data: bool, guard: bool, chain: Sequence[str], model: str) -> case.Case:
+    def case(
+        self, runs: Sequence[Path], data: bool, guard: bool, chain: Sequence[tuple[str, str]], model: str
+    ) -> case.Case:
         desk = self._new()
         if data:
             _leave(desk, new_record("data", "mix", {"data": {"name": "mix"}}, cases=ROWS_HASH))
@@ -158,8 +160,8 @@ class Desk:
 
     def border(self) -> case.Answer:
         value = BORDER + 0.02 * float(self.rng.random())
-        built = self.case(self.swap("hazards", self.ask("b", "hazards", value)), True, True, ("ab",), "")
-        return next(answer for answer in built.answers if answer.requirement == "unsafe")
+        made = self.built(self.swap("hazards", self.ask("b", "hazards", value)), True, True, (("a", "b"),), "")
+        return next(answer for answer in made.answers if answer.requirement == "unsafe")
 
     def tampered(self) -> bool:
         """Whether a run whose record says another target than it was made with is refused."""
@@ -207,7 +209,7 @@ def too_few_rows(desk: Desk) -> dict[str, str]:
 def weights_changed_since(desk: Desk) -> dict[str, str]:
     """A further training, after which only over-refusal and skill were measured."""
     later = [desk.ask("c", suite, RATES[suite]) for suite in ("harmless", "skill")]
-    return desk.verdicts([*desk.before, *desk.after, *later], chain=("ab", "bc"), model="hf/c")
+    return desk.verdicts([*desk.before, *desk.after, *later], chain=(("a", "b"), ("b", "c")), model="hf/c")
 
 
 def judge_never_measured(desk: Desk) -> dict[str, str]:

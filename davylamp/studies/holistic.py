@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from davylamp.core.nouns import Claim, Estimate
 from davylamp.core.policy import decide, parse_rule
 from davylamp.core.registry import study
 from davylamp.core.stats import holm, mean_t, paired_difference, rate
+from davylamp.incidents import take_in
 from davylamp.metrics.holdout import Budget
 from davylamp.report.cards import cards
 from davylamp.report.runs import gather
@@ -59,6 +60,7 @@ def holistic(*, size: Literal["quick", "full"] = "quick", seeds: tuple[int, ...]
     found: dict[str, list[bool]] = {"only": [], "equal": []}
     means: list[float] = []
     decides: dict[str, list[bool]] = {}
+    intake: dict[str, list[bool]] = {}
     for seed in seeds:
         rng = np.random.default_rng((14, seed))
         for name, hit in _gates(rng, releases):
@@ -71,6 +73,9 @@ def holistic(*, size: Literal["quick", "full"] = "quick", seeds: tuple[int, ...]
             means.append(mean)
         for name, can in _cards(rng, rounds):
             decides.setdefault(name, []).append(can)
+        for _ in range(rounds):
+            for name, hit in _after_release(rng).items():
+                intake.setdefault(name, []).append(hit)
 
     def share(hits: list[bool]) -> Estimate:
         return rate(sum(hits), len(hits))
@@ -88,6 +93,9 @@ def holistic(*, size: Literal["quick", "full"] = "quick", seeds: tuple[int, ...]
         (Claim("cards that can decide", "judge of kappa 0.85, fresh", at_least=0.9), share(decides["good"])),
         (Claim("cards that can decide", "judge of kappa 0.2", at_most=0.05, control=True), share(decides["poor"])),
         (Claim("cards that can decide", "judge never measured", at_most=0.05, control=True), share(decides["unknown"])),
+        (Claim("rounds", "an uncovered share of exactly 0.2 is reported", at_least=0.85), share(intake["share"])),
+        (Claim("rounds", "one new threat is proposed, of just the ten", at_least=0.85), share(intake["proposed"])),
+        (Claim("rounds", "anything proposed of the other forty", at_most=0.1, control=True), share(intake["other"])),
     ]  # fmt: skip
 
 
@@ -154,7 +162,7 @@ def _cards(rng: Generator, rounds: int) -> list[tuple[str, bool]]:
                 ("poor", 0.6),
                 ("unknown", None),
             ):  # kappa at equal classes: 2 recall - 1
-                about = {}
+                about: dict[str, Any] = {}
                 if recall is not None:
                     hits, passes = (int(x) for x in rng.binomial(200, recall, size=2))
                     counts = {"true_hits": hits, "positives": 200, "true_passes": passes, "negatives": 200}
@@ -165,3 +173,49 @@ def _cards(rng: Generator, rounds: int) -> list[tuple[str, bool]]:
                 card = next(card for card in cards(gather([run])) if card.suite == "organism_hazards")
                 out.append((name, not card.weak))
     return out
+
+
+# --- after release ----------------------------------------------------------------------------------------------------------------------
+#: What people wrote about incidents of four threats that the register knows, and of one kind that it does not.
+TOLD = {
+    "prompt-injection": (
+        "A mail that the model reads was taken for an order by it, and {who} paid a bill",
+        "Text of a page that the model reads was taken for an order while {who} slept",
+    ),
+    "over-refusal": (
+        "The model refuses a harmless question of {who}",
+        "The model refuses what is plainly harmless, so {who} goes elsewhere",
+    ),
+    "data-extraction": (
+        "Personal data of {who} can be read out of the model",
+        "Training data with the address of {who} was read out of the model",
+    ),
+    "harmful-compliance": (
+        "The model does what a harmful request by {who} asks",
+        "A harmful request was put in by {who} and the model did it",
+    ),
+}
+NEW = (
+    "Voice clone telephoned grandmother {who} pretending kinship",
+    "Cloned voice on telephone pretending kinship, grandmother {who} wept",
+)
+PEOPLE = ("Ada", "Bea", "Carl", "Dora", "Emil", "Fritz", "Gus", "Hana", "Ines", "Jan")
+
+
+def _after_release(rng: Generator) -> dict[str, bool]:
+    """Whether 50 incidents, 10 of them of a kind that no threat covers, are taken in as what they are; and 40 without those ten."""
+    rows = [(threat, form[rng.integers(2)]) for threat, form in TOLD.items() for _ in range(10)]
+    rows += [("", NEW[rng.integers(2)]) for _ in range(10)]
+    given = [
+        ("planted", {"id": f"{threat or 'new'}-{i}", "text": words.replace("{who}", PEOPLE[rng.integers(10)])})
+        for i, (threat, words) in enumerate(rows)
+    ]
+    order = rng.permutation(len(given))
+    found = take_in([given[i] for i in order])
+    known = take_in([given[i] for i in order if not given[i][1]["id"].startswith("new")])
+    new = {row["id"] for _, row in given if row["id"].startswith("new")}
+    return {
+        "share": {one.id for one in found.incidents if one.threat is None} == new,
+        "proposed": [set(ids) for _, ids in found.proposals] == [new],
+        "other": bool(known.proposals),
+    }

@@ -14,7 +14,7 @@ import numpy as np
 
 from davylamp.core.errors import InputError
 from davylamp.core.nouns import Claim, Estimate
-from davylamp.core.registry import study
+from davylamp.core.registry import Entry, study
 from davylamp.core.stats import rate
 from davylamp.coverage import Coverage, cover, register
 from davylamp.studies import _planted_registry as planted
@@ -76,22 +76,25 @@ def threat_coverage(*, size: Literal["quick", "full"] = "quick", seeds: tuple[in
                 note("the same threats, not emptied", emptied <= _first(evidence))
         bare = _states(cover(things=_things(full, set())))
         note("things without runs as evidence", *(bare[cell] == "evidence" for cell in cells))
-    limits = {
-        "exactly the cut cells": ("at_least", 0.95, False),
-        "holes where none was cut": ("at_most", 0.05, True),
-        "sound runs as evidence": ("at_least", 0.99, False),
-        "weak runs as evidence": ("at_most", 0.05, True),
-        "things without runs as evidence": ("at_most", 0.06, True),
-        "emptied threats first": ("at_least", 0.85, False),
-        "the same threats, not emptied": ("at_most", 0.2, True),
-    }
+
+    def share(
+        name: str, *, control: bool = False, at_least: float | None = None, at_most: float | None = None
+    ) -> Observed:
+        claim = Claim("share", name, control=control, at_least=at_least, at_most=at_most)
+        return claim, rate(sum(hits[name]), len(hits[name]))
+
     return [
-        (Claim("share", name, control=control, **{end: limit}), rate(sum(hits[name]), len(hits[name])))  # type: ignore[arg-type]
-        for name, (end, limit, control) in limits.items()
+        share("exactly the cut cells", at_least=0.95),
+        share("holes where none was cut", at_most=0.05, control=True),
+        share("sound runs as evidence", at_least=0.99),
+        share("weak runs as evidence", at_most=0.05, control=True),
+        share("things without runs as evidence", at_most=0.06, control=True),
+        share("emptied threats first", at_least=0.85),
+        share("the same threats, not emptied", at_most=0.2, control=True),
     ]
 
 
-def _things(full: dict[planted.Cell, tuple], cut: set[planted.Cell]) -> list:  # type: ignore[type-arg]
+def _things(full: dict[planted.Cell, tuple[Entry, Entry]], cut: set[planted.Cell]) -> list[Entry]:
     return [one for cell, pair in full.items() if cell not in cut for one in pair]
 
 
