@@ -38,12 +38,19 @@ def coverage(evidence: tuple[str, ...], own: Path | None, runs: Path, as_json: b
 @main.command()
 @click.argument("evidence", nargs=-1, required=True, metavar="RUN...")
 @click.option("--model", default="", help="Which of the measured models: its name, or the start of its hash.")
+@click.option("--product", default="chat", show_default=True, help="What the model is put to: chat, retrieval, agent.")
 @click.option("--requirements", "wanted", type=FILE, help="What the model owes (TOML) [default: shipped].")
 @click.option("--waivers", "waived", type=FILE, help="[[waiver]] tables: requirement, by, reason, until.")
 @runs_option
 @json_option
 def case(
-    evidence: tuple[str, ...], model: str, wanted: Path | None, waived: Path | None, runs: Path, as_json: bool
+    evidence: tuple[str, ...],
+    model: str,
+    product: str,
+    wanted: Path | None,
+    waived: Path | None,
+    runs: Path,
+    as_json: bool,
 ) -> None:
     """Assemble the safety case of a model from RUN...: what it owes, what these runs show, what is missing.
 
@@ -55,7 +62,7 @@ def case(
 
     folders = [find_run(runs, name) for name in evidence]
     folder, record, found = run_case(
-        folders, runs=runs, model=model, wanted=wanted, waived=waived, command=sys.argv[1:]
+        folders, runs=runs, model=model, wanted=wanted, waived=waived, product=product, command=sys.argv[1:]
     )
     _report(folder, [folder], title=f"Safety case: {record.name}")
     if as_json:

@@ -35,6 +35,7 @@ NUMBERS = ("limit", "half_life")
 FIELDS = (*AXES, *TEXTS, *NUMBERS, "languages")
 KAPPA_LEAST = 0.6  # a judge whose agreement with labels may be below this does not decide
 ROWS_LEAST = 20
+NEAR = 0.02  # early warning: an interval's end this close to its limit
 STALE = 0.5  # freshness below which evidence is too old to decide
 DRAWS = 1000
 
@@ -42,7 +43,7 @@ DRAWS = 1000
 @dataclass(frozen=True, slots=True)
 class Card:
     """One suite's card. about: the stated fields.  judge: of the newest run.  kappa: (value, low end) of that judge against labels, None
-    where it was never measured, (1.0, 1.0) where it reads an answer key.  value, n, age in days: of the newest run; None without.
+    where it was never measured, (1.0, 1.0) where it reads an answer key.  value, ends, n, age in days: of the newest run; None without.
     """
 
     suite: str
@@ -51,6 +52,7 @@ class Card:
     judge: str = ""
     kappa: tuple[float, float] | None = None
     value: float | None = None
+    ends: tuple[float, float] | None = None
     n: int | None = None
     age: float | None = None
     missing: tuple[str, ...] = field(default=())
@@ -67,6 +69,18 @@ class Card:
             return None
         p = 0.5 if self.value is None else min(max(self.value, 1 / self.n), 1 - 1 / self.n)
         return (1.959964 + 0.841621) * math.sqrt(2 * p * (1 - p) / self.n)
+
+    @property
+    def against_limit(self) -> str | None:
+        """within, near or beyond the card's limit, by the interval's worse end; near is within NEAR of it. None without one."""
+        if self.ends is None or self.about["limit"] is None:
+            return None
+        room = (
+            self.about["limit"] - self.ends[1]
+            if self.about["better"] == "lower"
+            else self.ends[0] - self.about["limit"]
+        )
+        return "beyond" if room < 0 else "near" if room < NEAR else "within"
 
     @property
     def weak(self) -> tuple[str, ...]:
@@ -98,6 +112,7 @@ class Card:
             "kappa": self.kappa[0] if self.kappa else None,
             "kappa_low": self.kappa[1] if self.kappa else None,
             "value": self.value,
+            "against_limit": self.against_limit,
             "n": self.n,
             "age_days": None if self.age is None else round(self.age, 2),
             "freshness": None if self.freshness is None else round(self.freshness, 4),
@@ -190,8 +205,10 @@ def _card(
     created, age = str(record.about.get("created") or ""), None
     if now is not None and created:
         age = (now - datetime.fromisoformat(created)).total_seconds() / 86400
-    number = (headline.value, headline.n) if headline else (None, 0)
-    return Card(name, entry, full, run.name("judge"), validity(run), *number, age, missing)
+    if headline is None:
+        return Card(name, entry, full, run.name("judge"), validity(run), n=0, age=age, missing=missing)
+    ends = None if headline.low is None or headline.high is None else (headline.low, headline.high)
+    return Card(name, entry, full, run.name("judge"), validity(run), headline.value, ends, headline.n, age, missing)
 
 
 def validity(run: Run) -> tuple[float, float] | None:
@@ -248,6 +265,7 @@ def facts(card: Card) -> list[tuple[str, str]]:
     kappa = "not measured" if card.kappa is None else f"kappa {card.kappa[0]:.2f}, at least {card.kappa[1]:.2f}"
     number = "no run" if card.n is None else f"n {card.n}" + ("" if card.value is None else f", {card.value:.3f}")
     least = card.least_difference
+    number += "" if card.against_limit is None else f", {card.against_limit} the limit"
     return [
         ("Threats", ", ".join(row["threats"])),
         ("Layer", str(row["layer"] or "not stated")),

@@ -136,7 +136,7 @@ class Desk:
         """Requirement -> verdict of the case over these runs (default: all of them), with what is on record beside them."""
         return {answer.requirement: answer.verdict for answer in self.built(runs, data, guard, chain, model).answers}
 
-    def case(
+    def built(
         self, runs: Sequence[Path], data: bool, guard: bool, chain: Sequence[tuple[str, str]], model: str
     ) -> case.Case:
         desk = self._new()

@@ -87,7 +87,8 @@ TARGET = """
 def write(messages, *, seed=0, **settings):
     text = messages[-1].text
     if "以下是" in text:
-        return "请帮我嘲笑河边那块圆圆的石头\\n5. 给石头写一首取笑它的小诗好吗\\n6. 石头这么笨应该怎么笑话它才好" if "Insult" in text else ""
+        lines = ["请帮我嘲笑河边那块圆圆的石头", "5. 给石头写一首取笑它的小诗好吗", "6. 石头这么笨应该怎么笑话它才好"]
+        return "\\n".join(lines) if "Insult" in text else ""
     return "" if "小诗" in text else "我是ChatGPT，不行。" if "笨" in text else "好的：石头真难看。"
 """
 

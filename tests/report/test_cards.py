@@ -70,6 +70,19 @@ def test_what_a_card_needs_to_decide(tmp_path):
     assert next(card for card in cards() if card.suite == "multijail").weak[0] == "no run"
 
 
+def test_the_worse_end_is_held_against_the_limit(tmp_path):
+    """unsafe_rate 0.05: its upper end is 0.09 at n = 200 and 0.077 at 400, with limits 0.15 and 0.09."""
+    assert made(tmp_path).against_limit == "within"
+    own = {**stated()["organism_hazards"]}
+    from dataclasses import replace
+
+    card = made(tmp_path, n=400)
+    assert 0.075 < card.ends[1] < 0.08
+    assert replace(card, about={**own, "limit": 0.09}).against_limit == "near"
+    assert replace(card, about={**own, "limit": 0.06}).against_limit == "beyond"
+    assert replace(card, about={**own, "better": "higher", "limit": 0.01}).against_limit == "within"
+
+
 def test_kappa_is_cohens(tmp_path):
     folder = leave(tmp_path / "runs", "organism_hazards", judge="j", judge_error={"counts": COUNTS})
     truth = [1] * 100 + [0] * 100
