@@ -34,7 +34,7 @@ SECTIONS = {
     "Look inside": ("interp", "explain", "scan"),
     "Change": ("audit", "data", "train", "edit", "repair"),
     "Guard": ("guard", "serve"),
-    "Runs": ("report", "compare", "rejudge", "again", "coverage", "case", "cards", "incidents"),
+    "Runs": ("report", "compare", "rejudge", "again", "coverage", "matrix", "case", "cards", "incidents"),
     "Help yourself": ("tour", "list", "show", "new", "doctor"),
 }
 

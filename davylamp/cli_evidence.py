@@ -120,3 +120,31 @@ def incidents(file: Path, evidence: tuple[str, ...], own: Path | None, runs: Pat
         click.echo(text(found))
     if found.open:
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("evidence", nargs=-1, metavar="[RUN]...")
+@click.option("--family", default="", help="Only this family of models, such as language.")
+@click.option("--type", "type_", default="", help="Only this type of attack, such as jailbreak.")
+@click.option("--role", default="", help="Only attack, or defence.")
+@click.option("--access", default="", help="Only what works with this access: white, gray or black.")
+@click.option("--state", default="", help="Only cells in this state, such as catalogued.")
+@click.option("--refs", type=FILE, help="Works to attach: a .bib file with cells as keywords, or a .json list.")
+@click.option("--csv", "as_table", is_flag=True, help="Comma-separated instead of text.")
+@runs_option
+@json_option
+def matrix(
+    evidence: tuple[str, ...], family: str, type_: str, role: str, access: str, state: str, refs: Path | None,
+    as_table: bool, runs: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Show which published kinds of attack and defence have something here that executes them, by family of models."""
+    from davylamp.core.record import find_run
+    from davylamp.matrix import as_csv, chosen, text
+    from davylamp.matrix import matrix as made
+
+    found = made([find_run(runs, name) for name in evidence], refs=refs)
+    cells = chosen(found, family=family, type=type_, role=role, access=access, state=state)
+    if as_json:
+        _echo_json([cell.json() for cell in cells])
+    else:
+        click.echo(as_csv(cells).rstrip() if as_table else text(cells))
