@@ -132,7 +132,8 @@ def references(path: Path, cells: Iterable[str]) -> dict[str, list[tuple[str, st
         raise InputError(f"{path}: works are a .bib file or a .json list ({error})") from None
     if not isinstance(works, list):
         raise InputError(f"{path}: expected a list of works, got {type(works).__name__}")
-    known, out = list(cells), {}
+    known = list(cells)
+    out: dict[str, list[tuple[str, str]]] = {}
     for number, work in enumerate(works, 1):
         where = f"work {number} ({path.name})"
         if not isinstance(work, Mapping) or not all(str(work.get(key) or "").strip() for key in REF_KEYS):
@@ -215,7 +216,8 @@ def _word(value: Any) -> str:
 
 def text(found: Sequence[Cell]) -> str:
     """The cells for a terminal, by family, and how many are in which state."""
-    out, family = [], ""
+    out: list[str] = []
+    family = ""
     for cell in found:
         if cell.family != family:
             family = cell.family
