@@ -271,7 +271,10 @@ def facts(card: Card) -> list[tuple[str, str]]:
         ("Layer", str(row["layer"] or "not stated")),
         ("From, to", f"{row['input'] or '?'} to {row['output'] or '?'}"),
         ("Form, goal", f"{row['form'] or '?'}, to {row['goal'] or '?'}"),
-        ("Number", f"{row['metric'] or '?'}, {row['better'] or '?'} is better, held to {row['limit']}"),
+        (
+            "Number",
+            f"{row['metric'] or '?'}, {row['better'] or '?'} is better, held to {'?' if row['limit'] is None else row['limit']}",
+        ),
         ("Rows", f"{row['holdout'] or '?'}; {row['source']}; {row['licence']}"),
         ("Languages", ", ".join(row["languages"] or ["not stated"])),
         ("Judge", f"{card.judge or 'of a run'}: {kappa}" if card.judge else "no run"),
@@ -297,9 +300,14 @@ def text(found: Sequence[Card], *, whole: bool = False) -> str:
 
 
 def of_runs(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(suite, its card's facts) of the suites that these runs asked, for the report. Ages are left out: equal runs give an equal page."""
+    """(suite, its card's facts) of the suites that these runs asked and somebody stated something about, for the report.
+
+    Ages are left out: equal runs give an equal page.
+    """
     asked = {run.name("suite") for run in runs if run.record.verb == "eval"}
-    return [(card.suite, facts(card)) for card in cards(runs) if card.suite in asked] if asked else []
+    return (
+        [(card.suite, facts(card)) for card in cards(runs) if card.suite in asked and not card.missing] if asked else []
+    )
 
 
 def named(names: Sequence[str], found: Sequence[Card]) -> list[Card]:

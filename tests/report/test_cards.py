@@ -150,7 +150,9 @@ def test_the_command_and_the_report(tmp_path):
     assert wrong.exit_code == 2 and "overrefusal" in wrong.output
     write_report(tmp_path / "r.html", [run], title="t")
     page = (tmp_path / "r.html").read_text()
-    assert "Evaluation cards" in page and "counts half after 365 days" in page
+    assert "Evaluation cards" in page and "counts half after 365 days" in page and 'href="#cards"' in page
+    write_report(tmp_path / "r.html", [leave(tmp_path / "runs", "nobody_stated_anything")], title="t")
+    assert "Evaluation cards" not in (tmp_path / "r.html").read_text()
 
 
 # --- held-out rows ----------------------------------------------------------------------------------------------------------------------
