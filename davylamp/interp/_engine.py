@@ -6,10 +6,12 @@ Source: the definition is arXiv:2410.13708, section 3; the way is this repositor
 - heads of a layer do not see each other, so that one extra run of its attention, with every head ablated, gives all candidates at once:
   candidate i adds (ablated output - plain output) of head i, through its slice of the output projection, to what attention gave;
 - candidates of a layer and prompts of one length go on together as one batch, in chunks that fit `tokens_at_once`;
+- what a candidate changes has a head's size, so that the norm and the MLP behind it need not see the whole width again (`_lean.py`);
 - tokens that all prompts of a chunk share at their start (a system prompt) are run once per candidate, and their keys and values reused;
 - the last layer needs keys and values of all tokens, but everything else of the last token alone.
 
-The layers that run are the library's own modules, called as the model itself calls them; prompts of different length are never padded.
+The layers that run are the library's own modules, called as the model itself calls them, but for MLPs of Llama's kind, which are checked
+against the plain pass; prompts of different length are never padded.
 
 Longer than 400 lines because the plain pass, the candidates and the way to the logits share one set of kept states.
 """
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from davylamp.core.errors import InputError, RunError
+from davylamp.interp._lean import SecondHalf
 from davylamp.models.hooks import Component, Head, Kind, ablate_heads, anatomy, capture
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ SHARED_AT_LEAST = (
 @dataclass(slots=True)
 class Layer:
     """What a layer saw and gave in the plain pass. residual, attended: (rows, tokens, width).  plain, changed: every head's output,
-    (rows, tokens, heads, head size), as it is and when that head is ablated.  call: the layer's other arguments."""
+    (rows, tokens, heads, head size), as it is and when that head is ablated.  call: the layer's other arguments.
+    half: norm and MLP, where they are of a known kind."""
 
     module: nn.Module
     attention: nn.Module
@@ -58,6 +62,7 @@ class Layer:
     attended: Any = None
     plain: Any = None
     changed: Any = None
+    half: SecondHalf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +187,7 @@ class Engine:
             for layer, attention, cache in zip(found.layers, found.attentions, self.caches, strict=True)
         ]
         last: list[Tensor] = []
+        final: list[Tensor] = []  # what goes into the last norm
         with ExitStack() as stack:
             for i, layer in enumerate(layers):
                 stack.callback(
@@ -193,6 +199,7 @@ class Engine:
             stack.callback(
                 found.norm.register_forward_hook(lambda module, args, output: last.append(output[:, -1])).remove
             )
+            stack.callback(found.norm.register_forward_pre_hook(lambda module, args: final.append(args[0])).remove)
             seen = stack.enter_context(capture(self.model, "heads", "attention"))
             keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
             logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits[
@@ -204,6 +211,8 @@ class Engine:
             raise Broken(rows[int(finite.logical_not().nonzero()[0])])
         for i, layer in enumerate(layers):
             layer.plain, layer.attended = seen["heads", i], seen["attention", i]
+            after = layers[i + 1].residual if i + 1 < len(layers) else final[-1]
+            layer.half = SecondHalf.of(layer.module, (layer.residual + layer.attended)[:1], after[:1])
             if changed is None or i in changed:
                 layer.changed = self._each(layer, i)
         self.direct = self.direct and torch.equal(self._head(last[-1]), logits)
@@ -268,11 +277,18 @@ class Engine:
         attended = layer.attended.flatten(0, 1)[tokens]
         delta = (layer.changed - layer.plain).flatten(0, 1)[tokens]
         size = max(1, self.tokens_at_once // len(tokens))
+        half = layer.half if self._slices(index) else None
+        before = residual[0] + attended
+        ready = half.projected(before) if half else (before, before)
         for at in range(0, len(heads), size):
             part = list(heads[at : at + size])
-            given = attended + self._through(index, layer, delta, part, tokens)
-            with _instead(layer.attention, lambda *args, given=given, **kwargs: (given, None)):
-                out = _first(layer.module(residual, **layer.call))
+            if half:
+                changes, maps = self._slice(index, delta, part)
+                out = half.changed(before, ready, changes, maps)
+            else:
+                given = attended + self._through(index, delta, part)
+                with _instead(layer.attention, lambda *args, given=given, **kwargs: (given, None)):
+                    out = _first(layer.module(residual, **layer.call))
             self.work.add(out.shape[0] * out.shape[1])
             if final:
                 last = out
@@ -284,19 +300,28 @@ class Engine:
                 last = last.view(len(part), rows, -1)
             yield part, self.anatomy.norm(last)
 
-    def _through(self, index: int, layer: Layer, delta: Tensor, heads: Sequence[int], tokens: Tensor) -> Tensor:
+    def _slices(self, index: int) -> bool:
+        """Whether one head's part of the output projection can be taken alone: not of an adapter or a quantised map."""
+        return type(self.anatomy.outputs[index]) in (nn.Linear, Conv1D)
+
+    def _owned(self, heads: Sequence[int], device: Any) -> Tensor:
+        """(candidates, query heads of each): a whole group for `k`."""
+        per = self.anatomy.heads // self.many
+        return torch.tensor([[head * per + i for i in range(per)] for head in heads], device=device)
+
+    def _slice(self, index: int, delta: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(what changed, (candidates, tokens, size); its slice of the output projection, (candidates, size, width))."""
+        own = self._owned(heads, delta.device)
+        weight = self.anatomy.tap("heads", index).weights()["weight"]  # (width, heads, size)
+        return delta[:, own].permute(1, 0, 2, 3).flatten(2), weight[:, own].permute(1, 2, 3, 0).flatten(1, 2)
+
+    def _through(self, index: int, delta: Tensor, heads: Sequence[int]) -> Tensor:
         """What candidates add to attention's output, (candidates, tokens, width): their change through their slice of the projection."""
-        found = self.anatomy
-        per = found.heads // self.many  # query heads that one candidate owns: a whole group for `k`
-        own = torch.tensor([[head * per + i for i in range(per)] for head in heads], device=delta.device)
-        module = found.outputs[index]
-        if type(module) in (nn.Linear, Conv1D):
-            weight = found.tap("heads", index).weights()["weight"]  # (width, heads, size)
-            mine = weight[:, own].permute(1, 2, 3, 0).flatten(1, 2)  # (candidates, per x size, width)
-            return torch.bmm(delta[:, own].permute(1, 0, 2, 3).flatten(2), mine)
+        if self._slices(index):
+            return torch.bmm(*self._slice(index, delta, heads))
         # An adapter or a quantised map: it is asked as a whole, with one candidate's change and zeros elsewhere.
-        alone = delta.new_zeros(len(heads), *delta.shape)
-        for i, some in enumerate(own):
+        module, alone = self.anatomy.outputs[index], delta.new_zeros(len(heads), *delta.shape)
+        for i, some in enumerate(self._owned(heads, delta.device)):
             alone[i][:, some] = delta[:, some]
         none = module(delta.new_zeros(1, 1, delta.shape[1] * delta.shape[2]))
         return module(alone.flatten(2)) - none
@@ -325,7 +350,8 @@ class Engine:
         """One layer on the tokens [start, stop_at), behind `past`: (states, keys and values); with `stop`, only the latter."""
         store = _Store(past, stop=stop)
         self.work.add(states.shape[0] * states.shape[1])
-        with suppress(_Stop), self._no_queries(layer) if stop else nullcontext():
+        lean = _instead(layer.half.mlp, layer.half.tiled) if layer.half else nullcontext()
+        with suppress(_Stop), self._no_queries(layer) if stop else lean:
             states = _first(layer.module(states, **{layer.cache: store}, **_cut(layer.call, start, stop_at)))
         return states, store.kept
 
