@@ -149,7 +149,9 @@ runs_option = click.option(
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with public benchmark rows (see docs/check.md).")
 @click.option("--judge", "judge", help="Judge for the safety suites [default: each suite's].")
-@click.option("--profile", default="chat", show_default=True, help="Which suites: quick, chat, reasoning, multilingual, science.")
+@click.option(
+    "--profile", default="chat", show_default=True, help="Which suites: quick, chat, reasoning, multilingual, science."
+)
 @asks_target
 @click.option("--dry-run", is_flag=True, help="Say what would be asked, and ask nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the report here.")

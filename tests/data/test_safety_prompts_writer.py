@@ -72,7 +72,9 @@ def test_test_prompts_do_not_come_back_and_the_writer_is_not_asked_for_ever():
         calls.append(prompt)
         return f"4. {GOOD[0]}"
 
-    found = asyncio.run(augment(SEEDS, ask, WORDS, rng=np.random.default_rng(0), per_category=8, tests=[GOOD[0] + "？"]))
+    found = asyncio.run(
+        augment(SEEDS, ask, WORDS, rng=np.random.default_rng(0), per_category=8, tests=[GOOD[0] + "？"])
+    )
     assert {item.reason for item in found} == {"in_test"}
     assert len(calls) == 2 * 4 * 2  # categories x rounds x questions that would do
 
@@ -109,7 +111,9 @@ def test_replies_are_made_judged_and_set_aside(tmp_path):
     assert sorted(item.reason for item in found if isinstance(item, Dropped)) == ["empty_reply", "names_itself"]
     assert [item.messages[-1].text for item in found if isinstance(item, Case)] == ["好的：石头真难看。"]
     found = list(
-        safety_prompts(seeds(), rng=rng, model=target, responder=target, judge=str(tmp_path / "unsafe.py"), per_category=3)
+        safety_prompts(
+            seeds(), rng=rng, model=target, responder=target, judge=str(tmp_path / "unsafe.py"), per_category=3
+        )
     )
     assert sorted(item.reason for item in found) == ["empty_reply", "names_itself", "unsafe_reply"]
     aside = next(item.case for item in found if item.reason == "unsafe_reply")
