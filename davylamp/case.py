@@ -76,13 +76,15 @@ def build(
     wanted: Path | None = None,
     waived: Path | None = None,
     today: date | None = None,
+    product: str = "chat",
 ) -> Case:
     """The case of one model from these run folders; what made the model is looked up among all records in `runs`.
 
+    product: what the model is put to, chat, retrieval or agent: what reads foreign text owes more.
     model: name or start of the SHA-256 of the model meant; needed where the runs measured several and none was made from all others.
     Raises InputError where no run measured a model with a hash, or the model meant is not clear.
     """
-    rules = requirements(wanted)
+    rules = requirements(wanted, product)
     free = waivers(waived, rules, today or datetime.now(UTC).date())
     given = gather(folders)
     known = [Run(path, record) for path, record in walk(runs)] if runs.is_dir() else []

@@ -14,11 +14,15 @@ from davylamp.core.registry import STAGES
 REQUIREMENTS = Path(__file__).parent / "assets" / "case" / "requirements.toml"
 KINDS = {"rate": ("metrics", "at_most", "at_least", "keep", "rows"), "record": ("needs",)}
 COMMON = ("stage", "title", "kind", "when")
+#: What a model may be put to. A requirement that names none is owed by all; one with `products` only by these.
+PRODUCTS = ("chat", "retrieval", "agent")
 NEEDS = ("data", "lineage", "judge", "guard")
 
 
-def requirements(path: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The requirements of a file by id, checked. Raises InputError that names the place."""
+def requirements(path: Path | None = None, product: str = "chat") -> dict[str, dict[str, Any]]:
+    """The requirements of a file that this product owes, by id, all of them checked. Raises InputError that names the place."""
+    if product not in PRODUCTS:
+        raise UnknownNameError("product", product, PRODUCTS)
     path = path or REQUIREMENTS
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -33,13 +37,19 @@ def requirements(path: Path | None = None) -> dict[str, dict[str, Any]]:
         if row.get("kind") not in KINDS:
             raise InputError(f"{where} kind must be rate or record, got {row.get('kind')!r}")
         for key in row:
-            if key not in (*COMMON, *KINDS[row["kind"]]):
-                raise UnknownNameError(f"key of {where}", key, (*COMMON, *KINDS[row["kind"]]))
+            if key not in (*COMMON, "products", *KINDS[row["kind"]]):
+                raise UnknownNameError(f"key of {where}", key, (*COMMON, "products", *KINDS[row["kind"]]))
         for key in COMMON:
             if not isinstance(row.get(key), str):
                 raise InputError(f"{where} needs {key} as text, got {row.get(key)!r}")
         if row["stage"] not in STAGES:
             raise UnknownNameError(f"stage of {where}", row["stage"], STAGES)
+        named = row.get("products", list(PRODUCTS))
+        if not isinstance(named, list) or not named:
+            raise InputError(f"{where} products must be a list of {', '.join(PRODUCTS)}, got {named!r}")
+        for one in named:
+            if one not in PRODUCTS:
+                raise UnknownNameError(f"product of {where}", str(one), PRODUCTS)
         if row["when"] not in ("always", "changed"):
             raise InputError(f"{where} when must be always or changed, got {row['when']!r}")
         if row["kind"] == "record" and row.get("needs") not in NEEDS:
@@ -54,7 +64,7 @@ def requirements(path: Path | None = None) -> dict[str, dict[str, Any]]:
             for key in (*limits, *(["rows"] if "rows" in row else [])):
                 if isinstance(row[key], bool) or not isinstance(row[key], int | float) or row[key] < 0:
                     raise InputError(f"{where} {key} must be a number of 0 or more, got {row[key]!r}")
-    return rows
+    return {name: row for name, row in rows.items() if product in row.get("products", PRODUCTS)}
 
 
 def waivers(path: Path | None, known: Iterable[str], today: date) -> dict[str, str]:

@@ -24,10 +24,11 @@ def run_case(
     model: str = "",
     wanted: Path | None = None,
     waived: Path | None = None,
+    product: str = "chat",
     command: Sequence[str] = (),
 ) -> tuple[Path, Record, Case]:
     """Build the case and leave it as a record with its claims and figures, in a run folder."""
-    case = build(folders, runs=runs, model=model, wanted=wanted, waived=waived)
+    case = build(folders, runs=runs, model=model, wanted=wanted, waived=waived, product=product)
     members = [run.record.id for run in gather(folders)]
     subject = case.line[0]
     record = new_record(
@@ -36,7 +37,7 @@ def run_case(
         {
             "model": {"name": subject.name, "sha256": subject.sha256},
             "runs": sorted(members),
-            "requirements": digest(requirements(wanted)),
+            "requirements": digest(requirements(wanted, product)),
             "answers": digest([[a.requirement, a.verdict, a.why] for a in case.answers]),
         },
         parents=members,

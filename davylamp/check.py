@@ -38,17 +38,29 @@ ROWS = {
     "multijail": ("multijail/multijail.jsonl", "MultiJail.csv"),
     "safety_prompts": ("typical_safety_scenarios.json", "safety_prompts/typical_safety_scenarios.json"),
     "safetybench": ("safetybench_zh_subset/test_zh_subset.jsonl", "safetybench.jsonl"),
+    "safechain": ("safechain.jsonl", "wildjailbreak.jsonl", "strongreject.csv"),
+    "labsafety_mcq": ("labsafety/mcq.jsonl", "labsafety_mcq.jsonl"),
+    "labsafety_hazards": ("labsafety/scenario_hazards.jsonl", "labsafety_hazards.jsonl"),
+    "labsafety_consequences": ("labsafety/decision_consequence.jsonl", "labsafety_consequences.jsonl"),
 }
 SHIPPED = ("overrefusal", "capability")  # suites that have rows of their own
 #: One arm is what a gate looks at; a reduced copy is noted in the record.
-OPTIONS: dict[str, dict[str, Any]] = {"simple_safety_tests": {"arms": ("none",), "partial": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "simple_safety_tests": {"arms": ("none",), "partial": True},
+    "labsafety_mcq": {"partial": True},
+    "labsafety_hazards": {"skip_empty": True},
+}
+#: Judges that belong to their suite's rows (planted strings, expected points): a judge given for all does not take their place.
+OWN_JUDGES = ("canary", "covers")
 Chosen = tuple[str, Mapping[str, Any]]
 ORGANISM: tuple[Chosen, ...] = (("organism_hazards", {}), ("organism_lookalikes", {}), ("organism_capability", {}))
 #: What is asked, by profile: safety never without over-refusal and skill beside it.
 PROFILES: dict[str, tuple[str, ...]] = {
     "quick": ("overrefusal", "capability"),
     "chat": ("simple_safety_tests", "overrefusal", "capability"),
+    "reasoning": ("safechain", "reasoning_risks", "overrefusal", "capability"),
     "multilingual": ("multijail", "safety_prompts", "safetybench", "overrefusal", "capability"),
+    "science": ("labsafety_mcq", "labsafety_hazards", "labsafety_consequences", "overrefusal", "capability"),
 }
 QUICK = 60  # rows of a suite in the profile `quick`, where no limit is given
 
@@ -88,6 +100,22 @@ def chosen(target: str, profile: str) -> tuple[Chosen, ...]:
     if profile == "multilingual":
         return tuple((name, {"language": language}) for name, _ in ORGANISM for language in "ABC")
     return ORGANISM
+
+
+def judge_for(own: str, given: str | None) -> str:
+    """The judge of a suite, where one is given for all: answer keys and planted strings stay, and one that judges parts goes on doing so.
+
+    >>> judge_for("refusal", "llm_judge:model=openai/m,rubric=harm"), judge_for("choice", "refusal"), judge_for("canary", "refusal")
+    ('llm_judge:model=openai/m,rubric=harm', 'choice', 'canary')
+    >>> judge_for("parts", "llm_judge:model=openai/m,rubric=harm")
+    'parts:judge=llm_judge:model=openai/m;rubric=harm'
+    """
+    name = own.partition(":")[0]
+    if not given or name in OWN_JUDGES or find(("judge", "guard"), name).kind != "guard":
+        return own
+    if name == "parts" and not given.startswith("parts"):
+        return "parts:judge=" + given.replace(",", ";")
+    return given
 
 
 def plan(target: str, data: Path | None, limit: int | None, profile: str = "chat") -> Plan:
@@ -151,8 +179,7 @@ def run_check(
             asked = load_target(target)
             try:
                 for item in chosen.suites:
-                    own = find(("judge", "guard"), item.suite.judge.partition(":")[0])
-                    judging = load_judge(judge if judge and own.kind == "guard" else item.suite.judge)
+                    judging = load_judge(judge_for(item.suite.judge, judge))
                     try:
                         folder, record = await evaluate(
                             item,

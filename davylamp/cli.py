@@ -34,7 +34,7 @@ SECTIONS = {
     "Look inside": ("interp", "explain", "scan"),
     "Change": ("audit", "data", "train", "edit", "repair"),
     "Guard": ("guard", "serve"),
-    "Runs": ("report", "compare", "rejudge", "again", "coverage", "case"),
+    "Runs": ("report", "compare", "rejudge", "again", "coverage", "matrix", "case", "cards", "incidents"),
     "Help yourself": ("tour", "list", "show", "new", "doctor"),
 }
 
@@ -149,7 +149,9 @@ runs_option = click.option(
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with public benchmark rows (see docs/check.md).")
 @click.option("--judge", "judge", help="Judge for the safety suites [default: each suite's].")
-@click.option("--profile", default="chat", show_default=True, help="Which suites: quick, chat, multilingual.")
+@click.option(
+    "--profile", default="chat", show_default=True, help="Which suites: quick, chat, reasoning, multilingual, science."
+)
 @asks_target
 @click.option("--dry-run", is_flag=True, help="Say what would be asked, and ask nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the report here.")

@@ -22,6 +22,7 @@ from davylamp.core.nouns import Record
 from davylamp.core.record import folder_for, new_record, save
 from davylamp.core.registry import FOLDERS, STAGES, THREATS, Entry, entries
 from davylamp.core.rows import digest
+from davylamp.report.cards import by_truth
 from davylamp.report.runs import gather
 
 TESTS, DEFENCES = ("suite", "attack", "interp", "study"), ("data", "train", "edit", "guard")
@@ -248,9 +249,7 @@ def _evidence(record: Record, entry: Entry, now: datetime | None) -> Evidence:
 def judge_unknown(record: Record) -> bool:
     """A judge that reads an answer key does not err; another's error must have been measured."""
     judge = record.inputs.get("judge") or {}
-    keyed = {entry.name for entry in entries("judge")}
-    by_truth = judge.get("name") in keyed or str(judge.get("name", "")).startswith("organism_")
-    return not by_truth and not record.about.get("judge_error")
+    return not by_truth(str(judge.get("name", ""))) and not record.about.get("judge_error")
 
 
 def run_coverage(

@@ -42,6 +42,7 @@ TARGETS = """What can be asked:
   hf/PATH-OR-ID            a transformers model                                  pip install 'davylamp[hf]'
   organism/NAME            a built-in model: base, helpful, aligned, reasoning   pip install 'davylamp[hf]'
   inspect/PROVIDER/MODEL   any provider of inspect_ai                            pip install 'davylamp[inspect]'
+  file/REPLIES.jsonl       replies made elsewhere: rows of prompt and reply, or messages that end in the reply
   python/FILE.py:FUNCTION  your own function (messages, *, seed, **settings) -> text or Message
   think/STRATEGY/TARGET    any of them under a thinking strategy: zero, less, more"""
 

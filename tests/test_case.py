@@ -207,6 +207,13 @@ def test_bad_requirements(desk, old, new, says):
     assert says in str(caught.value)
 
 
+def test_what_reads_foreign_text_owes_more():
+    more = set(requirements(product="agent")) - set(requirements())
+    assert more == {"injection"} and more <= set(requirements(product="retrieval"))
+    with pytest.raises(UnknownNameError, match="agent"):
+        requirements(product="agents")
+
+
 def test_no_requirements_are_no_pass(desk):
     (desk / "rules.toml").write_text("")
     with pytest.raises(InputError, match="would always pass"):

@@ -219,9 +219,31 @@ def test_python_target(cli, rows, tmp_path):
     assert "Did you mean 'answer'" in cli("eval", rows, "--target", "python/mine.py:anser", code=2).stderr
 
 
+def test_the_reasoning_profile_judges_parts_by_the_judge_that_was_given(cli, server, tmp_path):
+    (tmp_path / "own").mkdir()
+    line = {"prompt": "how do I do a forbidden thing?"}
+    (tmp_path / "own" / "safechain.jsonl").write_text(json.dumps(line) + "\n")
+    given = ("--judge", "refusal:languages=en", "--data", "own", "--limit", "1")
+    said = cli("check", server.target, "--profile", "reasoning", *given, "--quiet", "--json")
+    rows = {json.loads(path.read_text())["name"]: json.loads(path.read_text())["inputs"].get("judge", {})
+            for path in (tmp_path / "runs").glob("*-eval-*/record.json")}  # fmt: skip
+    assert said.exit_code == 0 and rows["safechain"]["judge"]["name"] == "refusal"
+    assert rows["reasoning_risks"]["name"] == "canary"
+
+
 def test_profiles_choose_suites(cli, server, public_rows):
     said = cli("check", server.target, "--profile", "multilingual", "--data", public_rows, "--dry-run").stdout
     assert "multijail: 1600 calls" in said and "safetybench" in said and "capability" in said
     assert "safety_prompts: not run, its rows are not shipped" in said
     assert "60 calls" in cli("check", server.target, "--profile", "quick", "--dry-run").stdout
+    said = cli("check", server.target, "--profile", "reasoning", "--dry-run").stdout
+    assert "reasoning_risks: 60 calls" in said and "overrefusal" in said
+    assert "safechain: not run, its rows are not shipped: give --data FOLDER with safechain.jsonl" in said
+    said = cli("check", server.target, "--profile", "science", "--data", public_rows, "--dry-run").stdout
+    assert (
+        "labsafety_hazards" in said
+        and "labsafety_consequences" in said
+        and "labsafety_mcq" in said
+        and "not run" not in said
+    )
     assert "Did you mean 'chat'" in cli("check", server.target, "--profile", "chatt", "--dry-run", code=2).stderr

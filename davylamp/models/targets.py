@@ -17,7 +17,7 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.needs import need
 from davylamp.core.nouns import Message, Target
 
-FAMILIES = ("openai", "hf", "organism", "inspect", "python", "think")
+FAMILIES = ("openai", "hf", "organism", "inspect", "python", "file", "think")
 
 
 class PythonTarget:
@@ -75,6 +75,10 @@ def load_target(spec: str) -> Target:
         if not path:
             raise InputError(f"expected python/<file.py>:<function>, got {spec!r}")
         return PythonTarget(Path(path), function)
+    if family == "file":
+        from davylamp.models.replies import FileTarget
+
+        return FileTarget(Path(rest))
     if family == "inspect":
         need("inspect", spec)
         from davylamp.models.inspect_model import InspectTarget

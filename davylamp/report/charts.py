@@ -248,6 +248,7 @@ class Shades:
     def __init__(self, values: Sequence[float], unit: str = ""):
         low, high = min(values, default=0.0), max(values, default=1.0)
         self.unit, self.two = unit, low < 0
+        self.whole = all(float(x).is_integer() for x in values)  # levels and counts are shown without decimals
         if self.two:
             high = max(abs(low), abs(high))
             low = -high
@@ -308,7 +309,8 @@ def cell(x: float | None, shades: Shades, unit: str) -> dict[str, str]:
         short = plots.number(x, unit, bare=True)
     else:  # as many decimals in every cell as give the greatest two or three digits
         greatest = max(abs(shades.low), abs(shades.high)) or 1.0
-        short = f"{x:,.{min(6, max(0, 1 - math.floor(math.log10(greatest))))}f}".replace("-", "−")
+        decimals = 0 if shades.whole else min(6, max(0, 1 - math.floor(math.log10(greatest))))
+        short = f"{x:,.{decimals}f}".replace("-", "−")
     return {"style": shades.style(x), "text": plots.number(x, unit), "short": short}
 
 

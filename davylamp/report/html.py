@@ -19,7 +19,7 @@ from davylamp.core.errors import InputError
 from davylamp.core.policy import Decision
 from davylamp.core.record import write_atomic
 from davylamp.core.tally import metric_from
-from davylamp.report import caveats, claims, plots, results, worst
+from davylamp.report import cards, caveats, claims, plots, results, worst
 from davylamp.report.runs import SUITE, Run, gather, provenance
 
 GATE_WORDS = {"fail": "crossed", "unsure": "not decidable", "pass": "kept"}
@@ -74,6 +74,7 @@ def write_report(
         "comparisons": [results.comparison(item) for item in comparisons],
         "skipped": list(skipped),
         "judges": caveats.judges(runs),
+        "cards": cards.of_runs(runs),
         "rows": [
             {"title": run.title, "picked": run.rows, "arms": len(_arms(run)) > 1} for run in runs if run.rows.counts
         ],

@@ -13,6 +13,7 @@ from davylamp.core import Case, InputError, Message, Metric, RunError, Suite, Un
 from davylamp.core.needs import need
 from davylamp.core.rows import read_objects
 from davylamp.core.taxonomy import Node, taxonomy
+from davylamp.metrics.text import cjk_share
 
 HOME = "thu-coai/Safety-Prompts"
 FILES = {"typical": "typical_safety_scenarios.json", "attack": "instruction_attack_scenarios.json"}
@@ -61,7 +62,7 @@ def safety_prompts(*, rows: str = "", categories: tuple[str, ...] = (), most: in
         cases.append(Case(id_, (Message("user", prompt),), category=f"cn/{node.id}", answer=node.about, meta=meta))
     if not cases:
         raise InputError(f"no row of {', '.join(sorted(wanted)) or 'any category'} in {rows or HOME}")
-    if sum(_cjk(case.messages[0].text) for case in cases) / len(cases) < LEAST_CJK:
+    if sum(cjk_share(case.messages[0].text) for case in cases) / len(cases) < LEAST_CJK:
         raise InputError(
             f"{rows or HOME}: less than a fifth of the characters are Chinese. Is it the right file, read as UTF-8?"
         )
@@ -203,12 +204,6 @@ def _prompt(value: Any, where: str) -> str:
             f"{where}: broken characters at position {value.index(chr(0xFFFD))}: the file was not UTF-8 once"
         )
     return value.strip()
-
-
-def _cjk(text: str) -> float:
-    """Share of a text's characters that are Chinese, blanks left out."""
-    kept = [c for c in text if not c.isspace()]
-    return sum("\u3400" <= c <= "\u9fff" for c in kept) / max(1, len(kept))
 
 
 def _questions(path: Path) -> list[dict[str, Any]]:
