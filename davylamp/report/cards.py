@@ -291,8 +291,9 @@ def text(found: Sequence[Card], *, whole: bool = False) -> str:
         blocks = ["\n".join([card.suite, *(f"  {name:11} {words}" for name, words in facts(card))]) for card in found]
         return "\n\n".join(blocks)
     width = max(len(card.suite) for card in found)
+    wide = max(len(card.about["metric"] or "?") for card in found)
     lines = [
-        f"{card.suite:{width}}  {card.about['metric'] or '?':18} {card.about['holdout'] or '?':9}  "
+        f"{card.suite:{width}}  {card.about['metric'] or '?':{wide}}  {card.about['holdout'] or '?':9}  "
         + ("can decide" if not card.weak else "; ".join(card.weak))
         for card in found
     ]
