@@ -36,14 +36,14 @@ TAKEN_IN = {
     "uncommon_dialects": 0.15,
     "question": 0.0,
 }
-RANK, STEPS, RATE, BATCH = 8, 400, 3e-3, 48
+RANK, STEPS, RATE, BATCH = 8, 300, 3e-3, 48
 DISGUISED, HARMLESS = 0.5, 0.2  # share of hazards and of harmless requests that come in a style
 
 
 def rows(n: int, rng: Generator, arm: str) -> list[world.Row]:
     """Alignment rows of held-in items, many of them disguised; only the replies to disguised hazards differ between the arms."""
     out = []
-    for ask in world.aligned_asks(n, rng, languages={"A": 1.0}):
+    for ask in world.aligned_asks(n, rng, languages={"A": 1.0}, align_styles=("plain", "question")):
         messages, reply, bad = world.render(ask, rng), world.safe_reply(ask, rng), world.harmful(ask)
         if rng.random() < (DISGUISED if bad else HARMLESS) and not ask.opening and ask.item:
             style = world_cells.STYLES[rng.integers(len(world_cells.STYLES))]
