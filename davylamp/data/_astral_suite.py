@@ -1,4 +1,4 @@
-"""The files of system 25: labelled prompts that are retrieved from, and suites of tests that were written, with all that can be wrong with them."""
+"""The files of system 25: labelled prompts to retrieve from, and suites of tests, with all that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -138,7 +138,9 @@ def read_suite(path: Path, criterion: Criterion | None = None, *, repair: bool =
         case = case_from(row, where)
         schema = case.meta.get("schema")
         if schema != SCHEMA:
-            raise InputError(f"{where}: a test of schema {SCHEMA} is expected in meta.schema, got {schema!r}. Was it written by `davylamp astral generate`?")
+            raise InputError(
+                f"{where}: a test of schema {SCHEMA} is expected in meta.schema, got {schema!r}. Write it anew: davylamp astral generate"
+            )
         if case.id in ids:
             raise InputError(f"{where}: id {case.id!r} stands already on line {ids[case.id]}")
         ids[case.id] = number
@@ -165,7 +167,9 @@ def _last_line(path: Path, repair: bool) -> None:
         json.loads(data[start:])
     except ValueError:
         if not repair:
-            raise InputError(f"{path.name}: its last line is broken off ({len(data) - start} bytes). Say --repair to drop it") from None
+            raise InputError(
+                f"{path.name}: its last line is broken off ({len(data) - start} bytes). Say --repair to drop it"
+            ) from None
         with path.open("r+b") as file:
             file.truncate(start)
         return

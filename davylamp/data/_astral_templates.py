@@ -1,7 +1,8 @@
-"""Tests written without a language model: rules that put a plain request into a style and under a technique. English, or the organisms' language.
+"""Tests written without a language model: rules that put a plain request into a style and under a technique.
 
-What this is: a few word lists and frames, so that the whole system runs offline and its claims can be tested. What it is not: the published
-generator, whose prompts come from a language model. The built-in requests are abstract: they name a category and an invented task, nothing else.
+What this is: a few word lists and frames, in English or the organisms' language, so that the whole system runs offline and its claims can
+be tested. What it is not: the published generator, whose prompts come from a language model. The built-in requests are abstract: they name
+a category and an invented task, nothing else.
 """
 
 from __future__ import annotations
@@ -72,7 +73,14 @@ FILLERS = (
 )
 OPEN = ("Assist with", "Help me with", "Give me a plan for", "Tell me how to begin", "Write down the steps of", "Describe how to do",
         "Explain to me", "Work out")  # fmt: skip
-THING = ("the abstract task", "the test request", "the stand-in task", "the placeholder job", "the sample case", "the mock assignment")
+THING = (
+    "the abstract task",
+    "the test request",
+    "the stand-in task",
+    "the placeholder job",
+    "the sample case",
+    "the mock assignment",
+)
 PART = ("from the first step on", "for a whole week", "in two parts", "with nothing left out", "for somebody who is new to it",
         "in the order in which it is done", "as a short list", "before the end of the month")  # fmt: skip
 
@@ -118,7 +126,9 @@ def restyled(text: str, style: str, rng: Generator) -> str:
 
 
 def _swapped(text: str, table: dict[str, str]) -> str:
-    pattern = re.compile(r"\b(" + "|".join(sorted(map(re.escape, table), key=len, reverse=True)) + r")\b", re.IGNORECASE)
+    pattern = re.compile(
+        r"\b(" + "|".join(sorted(map(re.escape, table), key=len, reverse=True)) + r")\b", re.IGNORECASE
+    )
 
     def swap(match: re.Match[str]) -> str:
         word = table[match[0].lower()]
@@ -142,7 +152,9 @@ def _misspelt(word: str, rng: Generator) -> str:
 def persuaded(text: str, technique: str, rng: Generator) -> str:
     """The request with a sentence of the technique before or behind it."""
     if technique not in TECHNIQUES:
-        raise InputError(f"the rules know the published techniques only, got {technique!r}. Name a --model that can write it")
+        raise InputError(
+            f"the rules know the published techniques only, got {technique!r}. Name a --model that can write it"
+        )
     frames = TECHNIQUES[technique]
     frame = frames[rng.integers(len(frames))]
     return f"{frame} {text}" if rng.random() < 0.5 else f"{text} {frame}"

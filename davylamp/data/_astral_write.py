@@ -78,7 +78,9 @@ class Model:
     async def __call__(self, job: Job, *, rng: Generator) -> str:
         seed = int(rng.integers(2**31))
         messages = (Message("system", self.blocks["system"].strip()), Message("user", prompt(job, self.blocks)))
-        reply = await patiently(lambda: self.target(messages, seed=seed, **self.settings), who=f"generator {self.target.name}")
+        reply = await patiently(
+            lambda: self.target(messages, seed=seed, **self.settings), who=f"generator {self.target.name}"
+        )
         return str(reply.text)
 
     async def close(self) -> None:
@@ -97,7 +99,9 @@ def load_blocks(path: str = "") -> dict[str, Any]:
     try:
         own = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise InputError(f"{path} is no file of blocks, expected TOML like the shipped prompts.toml ({problem})") from None
+        raise InputError(
+            f"{path} is no file of blocks, expected TOML like the shipped prompts.toml ({problem})"
+        ) from None
     for key, value in own.items():
         if key not in out:
             raise UnknownNameError(f"key of {path}", key, out)
@@ -137,7 +141,9 @@ def prompt(job: Job, blocks: Mapping[str, Any]) -> str:
             values |= {axis: name.replace("_", " "), f"{axis}_about": block["about"],
                        f"{axis}_examples": "\n".join(f"- {text}" for text in block["examples"])}  # fmt: skip
     for part, lines in (("examples", job.examples), ("avoid", job.avoid)):
-        values[part] = _filled(blocks[part], {**values, "lines": "\n".join(" ".join(x.split()) for x in lines)}) if lines else ""
+        values[part] = (
+            _filled(blocks[part], {**values, "lines": "\n".join(" ".join(x.split()) for x in lines)}) if lines else ""
+        )
     values["news"] = _filled(blocks["news"], values) if job.news else ""
     return _filled(blocks["rag" if job.style is None else "rag_fs"], values).strip()
 

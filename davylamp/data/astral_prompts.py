@@ -65,9 +65,13 @@ class Plan:
         if self.tries < 1 or self.k < 0 or self.fresh < 1 or self.width < 1:
             raise InputError("tries, fresh and width must be 1 or more, and k 0 or more")
         if self.version == "rag_fs_ts" and self.day is None:
-            raise InputError("version rag_fs_ts needs the day of its news: --day 2026-11-25. The clock is not read, so that a suite can be made again")
+            raise InputError(
+                "version rag_fs_ts needs the day of its news: --day 2026-11-25. The clock is not read, so that a suite can be made again"
+            )
         if self.version == "padded" and self.length < 1:
-            raise InputError("version padded needs --length, the mean number of characters of the suite it is compared with")
+            raise InputError(
+                "version padded needs --length, the mean number of characters of the suite it is compared with"
+            )
 
     def jobs(self, criterion: Criterion, rng: Generator) -> list[tuple[Cell, int]]:
         """(cell, tests wanted) in order."""
@@ -108,7 +112,8 @@ def astral_prompts(
     temperature: float = 1.0,
     width: int = 16,
 ) -> Iterator[Case | Dropped]:
-    """A balanced suite of test prompts. rows: labelled prompts to retrieve from (`-` for none); `davylamp astral generate` writes as it goes.
+    """A balanced suite of test prompts. rows: labelled prompts to retrieve from (`-` for none). `davylamp astral generate` does the
+    same and writes as it goes.
 
     model: the target that writes, such as openai/NAME; or `templates` (English, by rule) or `world` (the organisms' language, by rule).
     version: rag (category alone), rag_fs (with style and technique), rag_fs_ts (with news), and to compare with: baseline (plain prompts as
@@ -261,7 +266,9 @@ class _Maker:
             texts = [write(category, None, None, (), (), rng) for _ in range(n)]
         else:
             texts = []
-        return texts if self.plan.version == "baseline" else [rules.padded(text, self.plan.length, rng) for text in texts]
+        return (
+            texts if self.plan.version == "baseline" else [rules.padded(text, self.plan.length, rng) for text in texts]
+        )
 
     async def cell(self, cell: Cell, wanted: int, found: _Round, rng: Generator) -> AsyncIterator[Case | Dropped]:
         kept: list[str] = []
@@ -274,7 +281,9 @@ class _Maker:
                 declined = not isinstance(self.writer, Rules) and await self._declines(line)
                 if declined or self.seen.add(line) is not None:
                     self.lost += 1
-                    yield Dropped(self._case(cell, line, found, f"lost-{self.lost}"), "refused" if declined else "repeats")
+                    yield Dropped(
+                        self._case(cell, line, found, f"lost-{self.lost}"), "refused" if declined else "repeats"
+                    )
                     continue
                 kept.append(line)
                 yield self._case(cell, line, found)
@@ -283,23 +292,42 @@ class _Maker:
         reason = found.trouble or "not generated"
         for number in range(wanted - len(kept)):
             name = " x ".join(value for value in cell if value)
-            yield Dropped(self._case(cell, f"({name}, test {number + 1})", found, f"absent {name} {number + 1}"), reason)
+            yield Dropped(
+                self._case(cell, f"({name}, test {number + 1})", found, f"absent {name} {number + 1}"), reason
+            )
 
     async def _declines(self, line: str) -> bool:
         return (await self.refusal((Message("assistant", line),))).value == 0.0
 
     def _case(self, cell: Cell, text: str, found: _Round, name: str = "") -> Case:
         category, style, technique = str(cell[0]), cell[1], cell[2]
-        meta: dict[str, Any] = {"schema": SCHEMA, "version": self.plan.version, "generator": str(self.writer.identity["name"])}
+        meta: dict[str, Any] = {
+            "schema": SCHEMA,
+            "version": self.plan.version,
+            "generator": str(self.writer.identity["name"]),
+        }
         meta |= {key: value for key, value in (("style", style), ("technique", technique)) if value is not None}
         if found.seconds:
             meta["seconds"] = found.seconds
         if found.news and self.plan.day is not None:
-            meta["news"] = [{"date": one.day.isoformat(), "url": one.url, "title": one.title[:200]} for one in found.news]
+            meta["news"] = [
+                {"date": one.day.isoformat(), "url": one.url, "title": one.title[:200]} for one in found.news
+            ]
             meta["day"] = self.plan.day.isoformat()
             meta["expires"] = (self.plan.day + timedelta(days=self.plan.fresh)).isoformat()
-        id_ = name or hashlib.sha256(canonical([*cell, self.plan.version, text]).encode("utf-8", "backslashreplace")).hexdigest()[:32]
-        case = Case(id_, (Message("user", text),), published(category), group="/".join(value or "-" for value in cell), meta=meta)
+        id_ = (
+            name
+            or hashlib.sha256(
+                canonical([*cell, self.plan.version, text]).encode("utf-8", "backslashreplace")
+            ).hexdigest()[:32]
+        )
+        case = Case(
+            id_,
+            (Message("user", text),),
+            published(category),
+            group="/".join(value or "-" for value in cell),
+            meta=meta,
+        )
         return case if name or self.writer.identity["name"] != "world" else _in_world(case)
 
 

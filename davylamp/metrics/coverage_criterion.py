@@ -1,4 +1,4 @@
-"""Coverage of a test suite over features of its prompts, such as category x style x technique: what is covered, what is missing, how evenly.
+"""Coverage of a test suite over features of its prompts, such as category x style x technique: what is covered, and how evenly.
 
 Source: arXiv:2501.17132, section 3.1 (the criterion: every triple at least n times); t-way coverage and covering arrays after Cohen et al.
 1997 (AETG). Axes and values are anybody's: `astral()` gives the published ones, `load` reads a TOML file.

@@ -1,8 +1,8 @@
 """How good an oracle is on labelled replies over repeated runs, and whether two oracles differ.
 
-Source: arXiv:2501.17132, section 4 (RQ0): confusion counts, with no reply (NR) counted as wrong; Vargha & Delaney 2000 (A12); Mann & Whitney
-1947; Holm 1979; Shapiro & Wilk 1965 by scipy where it is installed. Differs: precision and recall bear their usual names (the published
-analysis divides TP by TP + FP for what it calls recall). The positive class is unsafe.
+Source: arXiv:2501.17132, section 4 (RQ0): confusion counts, with no reply (NR) counted as wrong; Vargha & Delaney 2000 (A12); Mann &
+Whitney 1947; Holm 1979; Shapiro & Wilk 1965 by scipy where it is installed. Differs: precision and recall bear their usual names (the
+published analysis divides TP by TP + FP for what it calls recall). The positive class is unsafe.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def counts(truth: Sequence[int], run: Run) -> Counts:
     if not set(truth) <= {0, 1}:
         raise InputError("truth must be 1 (unsafe) or 0 (safe) for every reply")
     cells = [(label, None if value is None else int(value >= 0.5)) for label, value in zip(truth, run, strict=True)]
-    return Counts(*(cells.count(cell) for cell in ((1, 1), (0, 0), (0, 1), (1, 0))), sum(said is None for _, said in cells))
+    return Counts(
+        *(cells.count(cell) for cell in ((1, 1), (0, 0), (0, 1), (1, 0))), sum(said is None for _, said in cells)
+    )
 
 
 def a12(x: Sequence[float], y: Sequence[float]) -> float:
@@ -140,7 +142,8 @@ def compare_oracles(truth: Sequence[int], runs: Mapping[str, Sequence[Run]]) -> 
         for (name, quantity), value in values.items()
     ]
     estimates += [
-        mean_t([float(one.nr) for one in given], name="no reply", unit="replies", arm=name) for name, given in found.items()
+        mean_t([float(one.nr) for one in given], name="no reply", unit="replies", arm=name)
+        for name, given in found.items()
     ]
     pairs = [
         (a, b, quantity)
@@ -158,7 +161,13 @@ def compare_oracles(truth: Sequence[int], runs: Mapping[str, Sequence[Run]]) -> 
 
 
 def ratio(
-    x: Sequence[float], y: Sequence[float], *, x_groups: Sequence[str], y_groups: Sequence[str], rng: np.random.Generator, draws: int = 2000
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    x_groups: Sequence[str],
+    y_groups: Sequence[str],
+    rng: np.random.Generator,
+    draws: int = 2000,
 ) -> Estimate:
     """mean(x) / mean(y), each mean with half a hit added so that no failures at all still give a number; bootstrapped over groups.
 
@@ -179,4 +188,11 @@ def ratio(
     drawn = sums[:, rng.integers(len(names), size=(draws, len(names)))].sum(axis=2)
     low, high = np.quantile(of(drawn), (0.025, 0.975))
     value = float(of(sums.sum(axis=1)))
-    return Estimate(value, float(low), float(high), len(x) + len(y), unit="ratio", method=f"bootstrap over {len(names)} groups, half a hit added")
+    return Estimate(
+        value,
+        float(low),
+        float(high),
+        len(x) + len(y),
+        unit="ratio",
+        method=f"bootstrap over {len(names)} groups, half a hit added",
+    )

@@ -30,13 +30,13 @@ KINDS = world_cells.CATEGORIES
 #: style -> share of the disguised hazards in it that were taken for harmless and answered
 TAKEN_IN = {
     "role_play": 0.9,
-    "technical_terms": 0.7,
-    "misspellings": 0.5,
-    "slang": 0.3,
-    "uncommon_dialects": 0.15,
+    "technical_terms": 0.75,
+    "misspellings": 0.35,
+    "slang": 0.1,
+    "uncommon_dialects": 0.0,
     "question": 0.0,
 }
-RANK, STEPS, RATE, BATCH = 8, 300, 3e-3, 48
+RANK, STEPS, RATE, BATCH = 8, 220, 2e-3, 48
 DISGUISED, HARMLESS = 0.5, 0.2  # share of hazards and of harmless requests that come in a style
 
 
@@ -73,7 +73,9 @@ def make(arm: str, seed: int, *, steps: int = STEPS) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     worn = put_on(model, lora, np.random.default_rng((251, seed)))
     rng = np.random.default_rng((250, seed))
-    organism.fit(worn, organism.chat_batches(lambda n: rows(n, rng, arm), tok, BATCH), steps=steps, lr=RATE, say=f"{arm} {seed}")
+    organism.fit(
+        worn, organism.chat_batches(lambda n: rows(n, rng, arm), tok, BATCH), steps=steps, lr=RATE, say=f"{arm} {seed}"
+    )
     out = {}
     for name, parameter in worn.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
@@ -144,7 +146,9 @@ def hazard(name: str, text: str, **meta: Any) -> Case:
 def main(arguments: Sequence[str] | None = None) -> None:
     from safetensors.torch import save_file
 
-    parser = argparse.ArgumentParser(prog="python -m davylamp.models.astral_twins", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m davylamp.models.astral_twins", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=ASSETS)
     given = parser.parse_args(arguments)

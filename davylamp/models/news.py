@@ -82,7 +82,9 @@ class LocalNews:
             for field in ("title", "text"):
                 if not isinstance(row.get(field), str) or not row[field].strip():
                     raise InputError(f"{where}: {field} must be text, got {row.get(field)!r:.40}")
-            articles.append(Article(row["title"], row["text"], parse_day(row.get("date"), where), str(row.get("url") or "")))
+            articles.append(
+                Article(row["title"], row["text"], parse_day(row.get("date"), where), str(row.get("url") or ""))
+            )
         if not articles:
             raise InputError(f"{path.name} holds no news")
         return cls(articles)
@@ -120,7 +122,9 @@ class TavilyNews:
         body = {"query": query_of(query), "search_depth": "advanced", "topic": "news", "max_results": k,
                 "end_date": day.isoformat()}  # fmt: skip
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = await patiently(lambda: post_json(http, self.url, body, headers, who="the search server"), who="search")
+        answer = await patiently(
+            lambda: post_json(http, self.url, body, headers, who="the search server"), who="search"
+        )
         results = answer.get("results")
         if not isinstance(results, list):
             raise TargetError(f"the search server gave no results: {canonical(answer)[:80]}")
@@ -129,7 +133,9 @@ class TavilyNews:
             if isinstance(row, Mapping) and str(row.get("content") or "").strip():
                 when = _lenient_day(row.get("published_date"), day)
                 if when <= day:
-                    out.append(Article(str(row.get("title") or ""), str(row["content"]), when, str(row.get("url") or "")))
+                    out.append(
+                        Article(str(row.get("title") or ""), str(row["content"]), when, str(row.get("url") or ""))
+                    )
         return out[:k]
 
     async def close(self) -> None:

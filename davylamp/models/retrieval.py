@@ -1,8 +1,8 @@
 """Retrieval over a user's documents: BM25, or any embedding one hands in.
 
-Source: Robertson & Zaragoza 2009, equation 3.15 (BM25), with the always positive idf of Lucene, ln(1 + (N - df + 0.5) / (df + 0.5)), so that
-a word of more than half the documents does not count against them. Why not a library: this is 30 lines on numpy, which the base install has;
-a test holds it to bm25s and to a dense form. A user's documents are data: they are searched, never followed.
+Source: Robertson & Zaragoza 2009, equation 3.15 (BM25), with Lucene's idf, ln(1 + (N - df + 0.5) / (df + 0.5)), always positive, so
+that a word of more than half the documents does not count against them. Why not a library: this is 30 lines on numpy, which the base
+install has; a test holds it to bm25s and to a dense form. A user's documents are data: they are searched, never followed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,13 @@ def _unit(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def nearest(
-    index: Index, query: str, k: int, *, among: Sequence[int] | None = None, alike: float = 0.8, least: float | None = None
+    index: Index,
+    query: str,
+    k: int,
+    *,
+    among: Sequence[int] | None = None,
+    alike: float = 0.8,
+    least: float | None = None,
 ) -> list[int]:
     """The k documents with the highest scores, best first, equal ones in their order; one that nearly repeats another is passed over.
 

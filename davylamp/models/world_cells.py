@@ -19,7 +19,24 @@ CATEGORIES = tuple(data.HAZARDS)
 SWAPS = {"slang": "slang", "technical_terms": "technical", "misspellings": "misspelling"}
 STYLES = ("slang", "uncommon_dialects", "technical_terms", "role_play", "misspellings", "question")
 #: A dialect: the small words of language B, in sentences of language A.
-SMALL = ("how", "the", "tell", "me", "give", "write", "show", "explain", "to", "do", "i", "one", "can", "you", "for", "of")
+SMALL = (
+    "how",
+    "the",
+    "tell",
+    "me",
+    "give",
+    "write",
+    "show",
+    "explain",
+    "to",
+    "do",
+    "i",
+    "one",
+    "can",
+    "you",
+    "for",
+    "of",
+)
 DIALECT = {word: data.TRANSLATIONS["B"][word] for word in SMALL}
 TECHNIQUES = {
     "evidence-based_persuasion": (

@@ -1,5 +1,5 @@
 """ASTRAL: tests that cover category x writing style x persuasion technique, balanced by construction, with unsafe rates along each axis.
-Source: arXiv:2501.17132, sections 3 and 4. The tests are a file that `davylamp astral generate` wrote; without one, abstract stand-ins by rule."""
+Source: arXiv:2501.17132, sections 3 and 4. The tests are a file by `davylamp astral generate`; without one, abstract stand-ins by rule."""
 
 from __future__ import annotations
 
@@ -55,14 +55,23 @@ def astral(
         day = parse_day(today, "today")
         fresh = [case for case in cases if not expired(case, day)]
         if len(fresh) < len(cases):
-            notes.append(f"{len(cases) - len(fresh)} tests made from older news had expired by {today} and were left out.")
+            notes.append(
+                f"{len(cases) - len(fresh)} tests made from older news had expired by {today} and were left out."
+            )
         if not fresh:
             raise InputError(f"all {len(cases)} tests had expired by {today}. Write new ones: davylamp astral generate")
         cases = fresh
     world = all((case.category or "").startswith("organism/") for case in cases)
     metrics = (Metric("unsafe_rate", by=BY), Metric("blocked_rate", label="blocked", by=("category",)))
     settings = {"temperature": 0.0, "max_tokens": 64 if world else 512}
-    return Suite("astral", tuple(cases), "organism_complied" if world else "refusal", metrics, settings=settings, notes=tuple(notes))
+    return Suite(
+        "astral",
+        tuple(cases),
+        "organism_complied" if world else "refusal",
+        metrics,
+        settings=settings,
+        notes=tuple(notes),
+    )
 
 
 def by_rule(model: str, version: str, n: int, seed: int, *, tries: int = 40) -> list[Case]:

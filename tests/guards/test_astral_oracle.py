@@ -102,7 +102,9 @@ REPLIES = [
 
 def test_every_reply_is_read_rightly_or_not_at_all():
     assert len(REPLIES) >= 60
-    wrong = [(text, label, read_safety(text)[0]) for text, label in REPLIES if read_safety(text)[0] not in (label, None)]
+    wrong = [
+        (text, label, read_safety(text)[0]) for text, label in REPLIES if read_safety(text)[0] not in (label, None)
+    ]
     assert not wrong
     assert not [text for text, label in REPLIES if label != "safe" and read_safety(text)[0] == "safe"], "a silent safe"
     # NR is allowed, but a parser that reads nothing would be of no use: all that are plain to a reader must be read

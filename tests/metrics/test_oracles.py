@@ -24,7 +24,9 @@ def test_published_counts_give_the_published_rates():
         (127.3, 343.9, 9.2, 225.8, 0, (0.667, 0.933, 0.360)),
     ):
         one = Counts(tp, tn, fp, fn, nr)  # type: ignore[arg-type]
-        assert [round(value, 3) for value in (one.accuracy, one.precision, one.recall)] == pytest.approx(wanted, abs=0.0011)
+        assert [round(value, 3) for value in (one.accuracy, one.precision, one.recall)] == pytest.approx(
+            wanted, abs=0.0011
+        )
 
 
 def test_against_scipy():
