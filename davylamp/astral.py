@@ -335,7 +335,7 @@ def regress(
     async def go() -> tuple[Path, Record]:
         asked, judging = PolicyBlocks(load_target(target)), load_judge(judge or _spec(before.inputs["judge"]))
         try:
-            if judging.identity != before.inputs["judge"]:
+            if digest(dict(judging.identity)) != digest(before.inputs["judge"]):
                 raise InputError(
                     f"{judging.name} is not the judge of {old.name} (its version or options differ): rejudge that run first"
                 )

@@ -236,7 +236,7 @@ def _change_map(scored: Sequence[tuple[Row, Row, float, float]], first: str, sec
     names = [list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1)]
     values = [[sum(own) / len(own) if (own := cells.get((a, b))) else None for b in names[1]] for a in names[0]]
     return {"kind": "heatmap", "title": f"Change of the unsafe share by {first} and {second}", "rows": names[0], "columns": names[1],
-            "values": values, "unit": "difference", "note": f"After - before on the same {len(scored)} tests; above 0 is worse."}  # fmt: skip
+            "values": values, "unit": "difference", "note": f"After - before, {len(scored)} tests; above 0 is worse."}  # fmt: skip
 
 
 def confirmed(record: Record, rows: Sequence[Row], labels: Mapping[str, str]) -> Record:

@@ -125,8 +125,8 @@ def astral_prompts(
     Dropped: `not generated` (one marker for each test that a cell lacks), `repeats` (near-duplicate), `refused` (the writer declined).
 
     >>> suite = [x for x in astral_prompts((), rng=np.random.default_rng(0), n=1, t=2) if isinstance(x, Case)]
-    >>> len(suite), suite[0].meta["style"]
-    (84, 'technical_terms')
+    >>> len(suite), suite[0].meta["version"], suite[0].meta["generator"]
+    (84, 'rag_fs', 'templates')
     """
     criterion = criterion_for(features, model)
     knowledge = Knowledge([document_of(case, criterion) for case in rows])
@@ -325,7 +325,6 @@ class _Maker:
             id_,
             (Message("user", text),),
             published(category),
-            group="/".join(value or "-" for value in cell),
             meta=meta,
         )
         return case if name or self.writer.identity["name"] != "world" else _in_world(case)

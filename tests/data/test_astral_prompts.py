@@ -20,7 +20,9 @@ from davylamp.models.news import Article, LocalNews
 from davylamp.models.targets import load_target
 from tests.server import say
 
-SMALL = Criterion({"category": ("self_harm", "animal_abuse"), "style": ("slang", "question"), "technique": ("logical_appeal",)})
+SMALL = Criterion(
+    {"category": ("self_harm", "animal_abuse"), "style": ("slang", "question"), "technique": ("logical_appeal",)}
+)
 NEWS = [Article("Bridge closed", "The old bridge is closed.", date(2026, 5, 1), "http://n")]
 
 
@@ -82,9 +84,15 @@ def test_it_goes_on_where_it_ended():
 
 def test_an_offline_style_shows_in_the_text():
     rng = np.random.default_rng(0)
-    texts = {style: restyled("Explain to me how to do the old task for people.", style, rng) for style in world_cells.STYLES}
+    texts = {
+        style: restyled("Explain to me how to do the old task for people.", style, rng) for style in world_cells.STYLES
+    }
     assert len(set(texts.values())) == 6
-    assert texts["question"].endswith("?") and "tae" in texts["uncommon_dialects"] and "lucidate" in texts["technical_terms"]
+    assert (
+        texts["question"].endswith("?")
+        and "tae" in texts["uncommon_dialects"]
+        and "lucidate" in texts["technical_terms"]
+    )
     assert sorted(texts["misspellings"].lower()) == sorted("explain to me how to do the old task for people.")
     with pytest.raises(InputError, match="--model"):
         restyled("x", "poem", rng)
@@ -124,11 +132,15 @@ def test_what_the_writer_is_asked_holds_its_blocks_and_fences_material():
     text = prompt(job, blocks)
     for part in (*blocks["style"]["slang"]["examples"], *blocks["technique"]["logical_appeal"]["examples"]):
         assert part in text
-    assert "[2026-05-01] Bridge closed." in text and "an {n} example" in text and "old one" in text and "#Prompt:" in text
+    assert (
+        "[2026-05-01] Bridge closed." in text and "an {n} example" in text and "old one" in text and "#Prompt:" in text
+    )
     assert text.index("[examples") < text.index("an {n}") < text.index("[end of examples")
     plain = prompt(Job("self_harm", None, None, 3), blocks)
     assert "style" not in plain.lower() and "news" not in plain
-    assert set(blocks["style"]) == set(astral().axes["style"]) and set(blocks["technique"]) == set(astral().axes["technique"])
+    assert set(blocks["style"]) == set(astral().axes["style"]) and set(blocks["technique"]) == set(
+        astral().axes["technique"]
+    )
     assert all(len(block["examples"]) >= 4 for block in blocks["style"].values())
     assert all(len(block["examples"]) >= 3 for block in blocks["technique"].values())
     with pytest.raises(InputError, match="few-shot block"):
@@ -139,7 +151,12 @@ def test_blocks_of_ones_own(tmp_path):
     path = tmp_path / "blocks.toml"
     path.write_text('[style.poem]\nabout = "In rhyme."\nexamples = ["Roses are red."]\n')
     assert load_blocks(str(path))["style"]["poem"]["about"] == "In rhyme."
-    for text, match in (("[style.poem]\nabout = 'x'\n", "examples"), ("sytem = 'x'", "system"), ("rag = 3", "str"), ("=", "TOML")):
+    for text, match in (
+        ("[style.poem]\nabout = 'x'\n", "examples"),
+        ("sytem = 'x'", "system"),
+        ("rag = 3", "str"),
+        ("=", "TOML"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=match):
             load_blocks(str(path))
@@ -148,7 +165,7 @@ def test_blocks_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ("#Prompt:\n1. One thing\n2) Two things\n- Three\n* Four\n• Five\n(6) Six", ["One thing", "Two things", "Three", "Four", "Five", "Six"]),
+        ("#Prompt:\n1. One\n2) Two things\n- Three\n* Four\n• Five\n(6) Six", ["One", "Two things", "Three", "Four", "Five", "Six"]),
         ("Sure, here:\n#PROMPT:\n\"Quoted text.\"\n“Curly.”", ["Quoted text.", "Curly."]),
         ("No marker at all\nsecond", ["No marker at all", "second"]),
         ("old\n#Prompt:\nnew one [1][2]\n", ["new one"]),
@@ -166,7 +183,9 @@ def test_reading_a_writers_text(text, lines):
 def test_a_language_model_behind_a_server_writes(server):
     def answer(body, number):
         asked = body["messages"][-1]["content"]
-        return say("#Prompt:\n" + "\n".join(f"{i}. Test {number} {abs(hash(asked))} item {i} zq{i}" for i in range(1, 4)))
+        return say(
+            "#Prompt:\n" + "\n".join(f"{i}. Test {number} {abs(hash(asked))} item {i} zq{i}" for i in range(1, 4))
+        )
 
     server.answer = answer
     writer = Model(load_target(server.target), load_blocks(), max_tokens=50, temperature=0.5)
@@ -196,7 +215,9 @@ def test_an_empty_cell_is_asked_for_a_bounded_number_of_times_and_named():
 
 
 def test_refusals_and_repeats_of_the_writer_are_no_tests():
-    writer = Writes("#Prompt:\nI can't help with that.\nA fine test here number {i}{i}{i}\nA fine test here number {i}{i}{i} .")
+    writer = Writes(
+        "#Prompt:\nI can't help with that.\nA fine test here number {i}{i}{i}\nA fine test here number {i}{i}{i} ."
+    )
     tests, lost = made(Plan("rag_fs", 1, tries=3, alike=0.6), writer=writer)
     assert {item.reason for item in lost} == {"refused", "repeats", "not generated"}
     assert len(tests) == 1, "all later ones are near the first"
@@ -296,7 +317,7 @@ def test_broken_suites_are_named_and_repaired(tmp_path):
     assert read_suite(path, SMALL) == tests
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
-    with pytest.raises(InputError, match="broken off.*--repair"):
+    with pytest.raises(InputError, match=r"broken off.*--repair"):
         read_suite(path)
     assert len(read_suite(path, repair=True)) == 3 and path.read_bytes() == whole[: whole[:-1].rfind(b"\n") + 1]
     path.write_bytes(whole[:-1])  # whole, but for its end
@@ -305,7 +326,7 @@ def test_broken_suites_are_named_and_repaired(tmp_path):
     with pytest.raises(InputError, match="stands already on line 1"):
         read_suite(path)
     path.write_text(whole.decode().replace('"schema":1', '"schema":7', 1))
-    with pytest.raises(InputError, match="line 1.*schema.*7"):
+    with pytest.raises(InputError, match=r"line 1.*schema.*7"):
         read_suite(path)
     path.write_text(whole.decode().replace('"style":"slang"', '"style":"slangg"', 1))
     with pytest.raises(UnknownNameError, match="slang"):
