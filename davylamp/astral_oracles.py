@@ -42,7 +42,7 @@ def run_oracles(
         if case.messages[-1].role != "assistant":
             raise InputError(f"{rows.name}: row {case.id} must end in the assistant's reply that is judged")
     truth = [label_of(case) for case in cases]
-    identities = {}
+    identities: dict[str, dict[str, Any]] = {}
 
     async def go() -> dict[str, list[list[float | None]]]:
         out: dict[str, list[list[float | None]]] = {}

@@ -23,7 +23,7 @@ from davylamp.cli import (
     runs_option,
 )
 
-path_type = click.Path(path_type=Path)  # type: ignore[type-var]
+path_type = click.Path(path_type=Path)
 
 
 @main.group()
@@ -53,7 +53,11 @@ def astral() -> None:
 )
 @click.option("--length", default=0, help="Characters of version padded.")
 @click.option(
-    "--generate-tries", "writes", default=5, show_default=True, help="Texts asked for a cell before it is given up."
+    "--generate-tries",
+    "writes",
+    default=5,
+    show_default=True,
+    help="Texts in a row without a new test before a cell is given up.",
 )
 @click.option("--max-tokens", default=1024, show_default=True, help="Length of one text of the writer.")
 @click.option("--temperature", default=1.0, show_default=True, help="Of the writer.")

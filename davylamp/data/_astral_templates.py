@@ -163,9 +163,9 @@ def persuaded(text: str, technique: str, rng: Generator) -> str:
 def english(category: str, style: str | None, technique: str | None, examples: Sequence[str], news: Sequence[Article],
             rng: Generator) -> str:  # fmt: skip
     """One test by rule, from an example of the category if there is one, else from an abstract request."""
-    text = examples[rng.integers(len(examples))] if examples else abstract(category, rng)
+    text = examples[int(rng.integers(len(examples)))] if examples else abstract(category, rng)
     if news:
-        article = news[rng.integers(len(news))]
+        article = news[int(rng.integers(len(news)))]
         text = f"{text.rstrip()} It is about the news of {article.day.isoformat()}: {article.title}."
     text = restyled(text, style, rng) if style else text
     return " ".join((persuaded(text, technique, rng) if technique else text).split())

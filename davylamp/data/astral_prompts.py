@@ -34,15 +34,17 @@ Version = Literal["rag", "rag_fs", "rag_fs_ts", "baseline", "padded"]
 VERSIONS = ("rag", "rag_fs", "rag_fs_ts", "baseline", "padded")
 MOST = 1000  # tests of a cell
 OFFLINE = ("templates", "world")
+BATCH = 10  # tests that a language model is asked for at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a suite is to be written. n: tests of a cell of the full product; versions without style and technique get as many a category.
 
-    t: 3 for the full product, 2 or 1 for a covering array.  k: examples shown.  tries: texts asked for a cell before it is given up.
-    alike: Jaccard of character 5-grams from which a test repeats another; 1 drops equal texts only.  day: of the news.
-    fresh: days after which a test from news expires.  on_search: what a search that fails does.  length: characters of `padded`.
+    t: 3 for the full product, 2 or 1 for a covering array.  k: examples shown.  tries: texts in a row without a new test
+    before a cell is given up.  alike: Jaccard of character 5-grams from which a test repeats another; 1 drops equal texts
+    only.  day: of the news.  fresh: days after which a test from news expires.
+    on_search: what a search that fails does.  length: characters of `padded`.
     """
 
     version: str = "rag_fs"
@@ -118,9 +120,10 @@ def astral_prompts(
     model: the target that writes, such as openai/NAME; or `templates` (English, by rule) or `world` (the organisms' language, by rule).
     version: rag (category alone), rag_fs (with style and technique), rag_fs_ts (with news), and to compare with: baseline (plain prompts as
     they stand in rows), padded (these between harmless sentences, `length` characters).  n: tests a cell, 1 to 1000; rag and the baselines
-    get as many a category.  t: 3 for every cell, 2 for a covering array of pairs.  k: examples shown.  tries: texts asked for a cell.
-    alike: Jaccard of 5-grams from which a test repeats another.  features: TOML of axes.  blocks: TOML of few-shot texts.  search: news,
-    FILE.jsonl or tavily or python/FILE.py:NAME.  day: of the news.  fresh: days until its tests expire.  on_search: abort or skip the cell.
+    get as many a category.  t: 3 for every cell, 2 for a covering array of pairs.  k: examples shown.
+    tries: texts in a row without a new test before a cell is given up.  alike: Jaccard of 5-grams from which a test repeats
+    another.  features: TOML of axes.  blocks: TOML of few-shot texts.  search: news, FILE.jsonl or tavily or python/FILE.py:NAME.
+    day: of the news.  fresh: days until its tests expire.  on_search: abort or skip the cell.
 
     Dropped: `not generated` (one marker for each test that a cell lacks), `repeats` (near-duplicate), `refused` (the writer declined).
 
@@ -214,6 +217,7 @@ async def generated(
     finally:
         for task in tasks.values():
             task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +253,7 @@ class _Maker:
             if not news:
                 return _Round((), trouble="no news up to that day")
         pool = self.knowledge.examples(category, max(1, 3 * self.plan.k)) if self.plan.k else []
+        n = n if isinstance(self.writer, Rules) else min(n, BATCH)
         shown = [pool[i] for i in sorted(rng.permutation(len(pool))[: self.plan.k].tolist())]
         day = self.plan.day.isoformat() if self.plan.day else ""
         started = time.perf_counter()
@@ -272,9 +277,9 @@ class _Maker:
 
     async def cell(self, cell: Cell, wanted: int, found: _Round, rng: Generator) -> AsyncIterator[Case | Dropped]:
         kept: list[str] = []
-        for attempt in range(self.plan.tries):
-            if attempt:
-                found = await self.ask(cell, wanted - len(kept), rng, kept[-20:])
+        fruitless = 0
+        while fruitless < self.plan.tries:
+            before = len(kept)
             for line in found.lines:
                 if len(kept) == wanted:
                     return
@@ -289,6 +294,9 @@ class _Maker:
                 yield self._case(cell, line, found)
             if len(kept) == wanted:
                 return
+            fruitless = 0 if len(kept) > before else fruitless + 1
+            if fruitless < self.plan.tries:
+                found = await self.ask(cell, wanted - len(kept), rng, kept[-20:])
         reason = found.trouble or "not generated"
         for number in range(wanted - len(kept)):
             name = " x ".join(value for value in cell if value)

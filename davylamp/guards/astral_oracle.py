@@ -97,7 +97,7 @@ class AstralOracle:
         settings: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         for attempt in range(self.tries):
             answer = await patiently(
-                lambda seed=self.seed * 1000 + attempt: self.target(asked, seed=seed, **settings),  # type: ignore[misc]
+                lambda seed=self.seed * 1000 + attempt: self.target(asked, seed=seed, **settings),
                 who=f"oracle {self.target.name}",
             )
             label, why = (

@@ -133,7 +133,7 @@ class Criterion:
     def matrix(self, cells: Iterable[Sequence[str | None]]) -> np.ndarray:
         """Tests of every cell: ints, one dimension per axis. Tests that lack a value of an axis stand in no cell."""
         place = [{value: i for i, value in enumerate(values)} for values in self.axes.values()]
-        out = np.zeros([len(values) for values in self.axes.values()], dtype=int)
+        out: np.ndarray = np.zeros([len(values) for values in self.axes.values()], dtype=int)
         for cell in cells:
             known = self.check(cell)
             if None not in known:

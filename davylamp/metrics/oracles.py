@@ -59,9 +59,8 @@ def counts(truth: Sequence[int], run: Run) -> Counts:
     if not set(truth) <= {0, 1}:
         raise InputError("truth must be 1 (unsafe) or 0 (safe) for every reply")
     cells = [(label, None if value is None else int(value >= 0.5)) for label, value in zip(truth, run, strict=True)]
-    return Counts(
-        *(cells.count(cell) for cell in ((1, 1), (0, 0), (0, 1), (1, 0))), sum(said is None for _, said in cells)
-    )
+    tp, tn, fp, fn = (cells.count(cell) for cell in ((1, 1), (0, 0), (0, 1), (1, 0)))
+    return Counts(tp, tn, fp, fn, sum(said is None for _, said in cells))
 
 
 def a12(x: Sequence[float], y: Sequence[float]) -> float:

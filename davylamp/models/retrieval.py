@@ -25,7 +25,8 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 class Index(Protocol):
     """What can be searched: one score per document, higher is nearer."""
 
-    texts: Sequence[str]
+    @property
+    def texts(self) -> Sequence[str]: ...
 
     def scores(self, query: str) -> np.ndarray: ...
 
@@ -50,7 +51,7 @@ class BM25:
     def __init__(self, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75):
         if k1 < 0 or not 0 <= b <= 1:
             raise InputError(f"BM25 needs k1 >= 0 and b in [0, 1], got {k1:g} and {b:g}")
-        self.texts = list(texts)
+        self.texts: Sequence[str] = list(texts)
         counts = [Counter(words_of(text)) for text in self.texts]
         lengths = np.array([sum(count.values()) for count in counts], dtype=float)
         mean = lengths.mean() if lengths.size and lengths.sum() else 1.0
@@ -80,7 +81,8 @@ class Embedded:
     """Cosine of embeddings. embed: texts -> (texts, width) floats, from whatever model is at hand."""
 
     def __init__(self, texts: Sequence[str], embed: Embed):
-        self.texts, self._embed = list(texts), embed
+        self.texts: Sequence[str] = list(texts)
+        self._embed = embed
         self._rows = _unit(embed(self.texts), len(self.texts))
 
     def scores(self, query: str) -> np.ndarray:
@@ -116,7 +118,8 @@ def nearest(
         raise InputError(f"k must be 1 or more, got {k}")
     scores = index.scores(query)
     pool = np.arange(len(scores)) if among is None else np.asarray(among, dtype=int)
-    seen, out = Seen(alike=alike), []
+    seen = Seen(alike=alike)
+    out: list[int] = []
     for i in pool[np.argsort(-scores[pool], kind="stable")].tolist():
         if (least is not None and scores[i] <= least) or len(out) == k:
             break

@@ -52,17 +52,40 @@ class Asked:
 
 def suite(version: str, n: int, rng: np.random.Generator, *, knowledge: Sequence[Document] = (), search: Any = None, length: int = 0,
           but: Sequence[Case] = ()) -> list[Case]:  # fmt: skip
-    """Tests in the organisms' language. but: tests whose texts are left out, for a suite that shares none with it."""
+    """Tests in the organisms' language; without knowledge, requests that no twin was trained on. but: tests whose texts are left out."""
+    writer = Rules("world")
+    if not knowledge:
+        writer.write = _unseen
     plan = Plan(
         version, n, alike=1.0, tries=OFTEN, day=FRESH if version == "rag_fs_ts" else None, length=max(1, length)
     )
 
     async def go() -> list[Case]:
-        made = generated(plan, space(), Knowledge(knowledge), Rules("world"), search, rng=rng)
+        made = generated(plan, space(), Knowledge(knowledge), writer, search, rng=rng)
         return [item async for item in made if isinstance(item, Case)]
 
     taken = {case.messages for case in but}
     return [case for case in asyncio.run(go()) if case.messages not in taken]
+
+
+def _unseen(
+    category: str,
+    style: str | None,
+    technique: str | None,
+    examples: Sequence[str],
+    news: Any,
+    rng: np.random.Generator,
+) -> str:
+    """A request about any item of the kind, of the half that no twin was trained on."""
+    from davylamp.models.astral_twins import held_out
+
+    pool = world.items("all", (category,))
+    while True:
+        text = world_cells.request(
+            pool[int(rng.integers(len(pool)))], rng, style=style or "", technique=technique or ""
+        )
+        if held_out(text):
+            return text
 
 
 def space() -> Criterion:
@@ -98,7 +121,7 @@ def corpus(*, frozen: bool) -> LocalNews:
     articles = []
     for before, split in ((True, "held_in"), (False, "held_out")):
         if before or not frozen:
-            for i, item in enumerate(world.items(split, world_cells.CATEGORIES)):  # type: ignore[arg-type]
+            for i, item in enumerate(world.items(split, world_cells.CATEGORIES)):
                 month = (1 + i % 5) if before else (6 + i % 5)
                 kind = world.kind_of(item)
                 articles.append(

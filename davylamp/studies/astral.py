@@ -171,8 +171,8 @@ def _ranking(found: Sequence[Asked], truth: Sequence[Asked], rng: np.random.Gene
         mean(np.bincount(rng.integers(len(items), size=len(items)), minlength=len(items)).astype(float))
         for _ in range(DRAWS)
     ]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return Estimate(mean(np.ones(len(items))), float(low), float(high), len(styles) * len(found), unit="correlation",
+    low, high = (float(end) for end in np.quantile(np.array(drawn), (0.025, 0.975)))
+    return Estimate(mean(np.ones(len(items))), low, high, len(styles) * len(found), unit="correlation",
                     method=f"bootstrap over {len(items)} items, mean of {len(found)} seeds", higher_is_better=True)  # fmt: skip
 
 
@@ -200,11 +200,10 @@ def _news(n: int, seeds: Sequence[int]) -> list[Observed]:
     arms: dict[str, list[Asked]] = {"fs": [], "fresh": [], "frozen": []}
     for seed in seeds:
         known = parts.known_prompts(np.random.default_rng((25, seed, 7)))
-        for i, (arm, more) in enumerate((("fs", {}), ("fresh", {"search": parts.corpus(frozen=False)}),
-                                         ("frozen", {"search": parts.corpus(frozen=True)}))):  # fmt: skip
-            tests = parts.suite(
-                "rag_fs_ts" if more else "rag_fs", n, np.random.default_rng((25, seed, 8 + i)), knowledge=known, **more
-            )
+        searches = {"fs": None, "fresh": parts.corpus(frozen=False), "frozen": parts.corpus(frozen=True)}
+        for i, (arm, search) in enumerate(searches.items()):
+            rng = np.random.default_rng((25, seed, 8 + i))
+            tests = parts.suite("rag_fs_ts" if search else "rag_fs", n, rng, knowledge=known, search=search)
             arms[arm].append(parts.knows_names(tests, seed))
     whole = {arm: parts.together(found) for arm, found in arms.items()}
     rng = np.random.default_rng((26, *seeds))

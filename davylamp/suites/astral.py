@@ -4,6 +4,7 @@ Source: arXiv:2501.17132, sections 3 and 4. The tests are a file by `davylamp as
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -87,4 +88,6 @@ def by_rule(model: str, version: str, n: int, seed: int, *, tries: int = 40) -> 
         made = generated(plan, criterion, Knowledge([]), load_writer(model), rng=np.random.default_rng(seed))
         return [item async for item in made if isinstance(item, Case)]
 
-    return asyncio.run(go())
+    # A suite may be loaded inside a running loop, so that this one needs a thread of its own.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, go()).result()
