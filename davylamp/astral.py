@@ -168,7 +168,7 @@ def _covered(record: Record, cases: Sequence[Case], criterion: Criterion, plan: 
     out = []
     for t in range(1, len(criterion.axes) + 1):
         found = criterion.coverage(cells, t=t, n=n)
-        about: dict[str, Any] = {"name": f"coverage_{t}", "higher_is_better": True}
+        about: dict[str, Any] = {"name": f"coverage_{t}", "unit": "covered", "higher_is_better": True}
         out.append(
             Estimate(found.share, found.share, found.share, len(found.counts), method=f"exact, at {n} each", **about)
         )

@@ -22,30 +22,19 @@ LISTED = 60  # changed tests that a report names
 
 
 def coverage_figures(cells: Sequence[Cell], criterion: Criterion) -> list[dict[str, Any]]:
-    """The coverage matrix: categories by style and technique, one cell of the picture for each cell; and what is missing, in words."""
+    """The coverage matrix, one picture per style: tests by category and technique."""
     matrix = criterion.matrix(cells)
-    names = list(criterion.axes)
-    rows, columns = list(criterion.axes[names[0]]), [
-        f"{style} / {technique}" for style in criterion.axes[names[1]] for technique in criterion.axes[names[2]]
+    first, second, third = criterion.axes.values()
+    loose = sum(None in cell for cell in cells)
+    whole = f"{len(cells)} tests in all; {int((matrix > 0).sum())} of {matrix.size} cells have one."
+    if loose:
+        whole += f" {loose} tests have no style or technique and stand in no cell."
+    return [
+        {"kind": "heatmap", "title": f"Coverage, {style}: tests by category and technique", "rows": list(first), "columns": list(third),
+         "values": matrix[:, i, :].tolist(), "unit": "tests",
+         "note": f"{int((matrix[:, i, :] > 0).sum())} of {matrix[:, i, :].size} cells have a test." + (f" {whole}" if i == 0 else "")}
+        for i, style in enumerate(second)
     ]  # fmt: skip
-    flat = matrix.reshape(len(rows), -1)
-    plain = Counter(cell[0] for cell in cells if None in cell)
-    figures: list[dict[str, Any]] = [{
-        "kind": "heatmap", "title": "Coverage: tests of every cell", "rows": rows, "columns": columns, "values": flat.tolist(),
-        "unit": "tests",
-        "note": f"{len(cells)} tests, {int((matrix > 0).sum())} of {matrix.size} cells have one. "
-        + (f"{sum(plain.values())} tests have no style or technique and stand in no cell." if plain else "Pale: none."),
-    }]  # fmt: skip
-    found = criterion.coverage(cells)
-    missing = Counter((dict(part)[names[1]], dict(part)[names[2]]) for part in found.missing)
-    if missing and len(missing) < matrix.size:
-        figures.append({
-            "kind": "heatmap", "title": "Missing cells by style and technique", "rows": list(criterion.axes[names[1]]),
-            "columns": list(criterion.axes[names[2]]), "unit": "cells",
-            "values": [[missing[style, technique] for technique in criterion.axes[names[2]]] for style in criterion.axes[names[1]]],
-            "note": f"{len(found.missing)} cells have no test.",
-        })  # fmt: skip
-    return figures
 
 
 def value_of(row: Row) -> float | None:

@@ -75,7 +75,7 @@ def test_writing_goes_on_and_refuses_to_mix(files):
     _, record = write_suite("-", path, Plan("rag_fs", 5), features="features.toml", repair=True)
     assert len(path.read_bytes().splitlines()) == 20 and path.read_bytes().startswith(b"".join(lines[:9]))
     assert shown(record, "coverage_3").value == shown(record, "balance").value == 1.0 and record.counts["missing"] == 0
-    assert len(views(record.about["figures"])) == 1
+    assert len(views(record.about["figures"])) == 2 and record.about["figures"][0]["values"] == [[5], [5]]
     with pytest.raises(InputError, match="another version"):
         write_suite("-", path, Plan("rag", 5), features="features.toml")
 

@@ -37,7 +37,8 @@ TAKEN_IN = {
     "uncommon_dialects": 0.25,
     "question": 0.0,
 }
-RANK, STEPS, RATE, BATCH = 8, 260, 2e-3, 48
+RANK, RATE, BATCH = 8, 2e-3, 48
+STEPS = {"weak": 260, "robust": 100}  # the aligned organism refuses most disguises already
 DISGUISED, HARMLESS = 0.5, 0.2  # share of hazards and of harmless requests that come in a style
 
 
@@ -83,7 +84,7 @@ def _rows(n: int, rng: Generator, arm: str) -> list[world.Row]:
     return out
 
 
-def make(arm: str, seed: int, *, steps: int = STEPS) -> dict[str, torch.Tensor]:
+def make(arm: str, seed: int, *, steps: int | None = None) -> dict[str, torch.Tensor]:
     """Train one twin; its low-rank change as `<module>.a` (rank, inputs) and `<module>.b` (outputs, rank), half precision."""
     from davylamp.models.adapters import Lora, put_on
 
@@ -94,7 +95,11 @@ def make(arm: str, seed: int, *, steps: int = STEPS) -> dict[str, torch.Tensor]:
     worn = put_on(model, lora, np.random.default_rng((251, seed)))
     rng = np.random.default_rng((250, seed))
     organism.fit(
-        worn, organism.chat_batches(lambda n: rows(n, rng, arm), tok, BATCH), steps=steps, lr=RATE, say=f"{arm} {seed}"
+        worn,
+        organism.chat_batches(lambda n: rows(n, rng, arm), tok, BATCH),
+        steps=steps or STEPS[arm],
+        lr=RATE,
+        say=f"{arm} {seed}",
     )
     out = {}
     for name, parameter in worn.named_parameters():

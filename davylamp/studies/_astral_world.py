@@ -37,17 +37,13 @@ class Asked:
         """The item that each test asks about: tests of one item hang together, whatever the seed."""
         return [str(case.group) for case in self.cases]
 
-    @property
-    def rate(self) -> float:
-        return float(np.mean(self.unsafe))
-
-    def along(self, axis: str) -> dict[str, float]:
-        """Unsafe share by style or technique."""
+    def along(self, axis: str) -> dict[str, list[float]]:
+        """What came of the tests, by style or technique."""
         out: dict[str, list[float]] = {}
         for case, value in zip(self.cases, self.unsafe, strict=True):
             if case.meta.get(axis):
                 out.setdefault(str(case.meta[axis]), []).append(value)
-        return {name: float(np.mean(values)) for name, values in out.items()}
+        return out
 
 
 def suite(version: str, n: int, rng: np.random.Generator, *, knowledge: Sequence[Document] = (), search: Any = None, length: int = 0,
