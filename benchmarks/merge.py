@@ -8,8 +8,9 @@ yardstick; `_cpu_over_cp_cpu` is of the CPU seconds of the two, which a busy mac
     python benchmarks/merge.py [--rounds 3] [--gb 1.0] [--json] [--mergekit-python PYTHON | --install-peers]
 
 mergekit 0.1.5 (`linear` on the CPU, as installed) is compared as whole processes, imports included, in CPU seconds: `linear_over_mergekit`
-is ours divided by its. The two results are compared entry by entry. --install-peers makes an environment for it in the temporary folder
-(needs a package index), with this one's torch.
+is ours divided by its. Ours hashes the sources for its lineage, which mergekit does not; `linear_unhashed_over_mergekit` is of a run with
+the hashing taken out, so of the same work. The two results are compared entry by entry. --install-peers makes an environment for it in the
+temporary folder (needs a package index), with this one's torch.
 """
 
 import argparse
@@ -42,12 +43,15 @@ name, out, *sources = sys.argv[1:]
 sources, rng = [Path(source) for source in sources], numpy.random.default_rng(0)
 def peak():  # not ru_maxrss: that one remembers the process it was forked from
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+if name == "linear_unhashed":
+    import davylamp.models.vectors_out
+    davylamp.models.vectors_out.file_sha256 = lambda path: "0" * 64
 before = peak()
 began, cpu = time.perf_counter(), time.process_time()
 if name == "residual":
     instruction_residual(*sources, out=Path(out), rng=rng)
 else:
-    merge(*sources, out=Path(out), method=name, weight=0.3, rng=rng)
+    merge(*sources, out=Path(out), method=name.removesuffix("_unhashed"), weight=0.3, rng=rng)
 print(json.dumps({"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu,
                   "peak_mib": peak(), "imports_mib": before}))
 """
@@ -255,13 +259,16 @@ def main():
             times = []
             for _ in range(args.rounds):
                 ours = edit("linear", sources, room)["whole_cpu"]
+                unhashed = edit("linear_unhashed", sources, room)["whole_cpu"]
                 cpu, theirs = mergekit(python, sources, room)
-                times.append((cpu, ours))
+                times.append((cpu, ours, unhashed))
                 if len(times) < args.rounds:
                     shutil.rmtree(theirs)
-            figures["linear_over_mergekit"] = statistics.median(ours / cpu for cpu, ours in times)
-            figures["mergekit_cpu_s"] = statistics.median(cpu for cpu, _ in times)
-            figures["linear_whole_cpu_s"] = statistics.median(ours for _, ours in times)
+            figures["linear_over_mergekit"] = statistics.median(ours / cpu for cpu, ours, _ in times)
+            figures["linear_unhashed_over_mergekit"] = statistics.median(ours / cpu for cpu, _, ours in times)
+            figures["mergekit_cpu_s"] = statistics.median(cpu for cpu, _, _ in times)
+            figures["linear_whole_cpu_s"] = statistics.median(ours for _, ours, _ in times)
+            figures["linear_unhashed_whole_cpu_s"] = statistics.median(ours for _, _, ours in times)
             children([sys.executable, "-c", WORKER, "linear", room / "mine", *sources], env=ENVIRONMENT)
             gaps = differences(room / "mine", theirs, sources)
             for label, gap in zip(

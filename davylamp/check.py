@@ -20,7 +20,7 @@ from davylamp.core.evaluate import LoadedSuite, close, evaluate, load_suite
 from davylamp.core.judges import load_judge
 from davylamp.core.nouns import Estimate, Record
 from davylamp.core.policy import Decision, Rule, decide
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import folder_for, new_record, save, told_apart
 from davylamp.core.registry import find
 from davylamp.core.rows import digest
 from davylamp.core.run import Limits
@@ -212,9 +212,17 @@ def run_check(
 
 
 def _headlines(done: Sequence[tuple[str, Path, Record]]) -> list[Estimate]:
-    """The overall estimates of every run; category holds the suite and arm the target."""
+    """The overall estimates of every run; category holds the suite, with what tells its runs on a target apart, and arm the target."""
+    alike: dict[tuple[str, str], list[Record]] = {}
+    for target, _, record in done:
+        alike.setdefault((target, record.name), []).append(record)
+    names = {
+        record.id: f"{name} {words}" if len(records) > 1 else name
+        for (_, name), records in alike.items()
+        for record, words in zip(records, told_apart(records), strict=True)
+    }
     return [
-        replace(estimate, category=record.name, arm=target)
+        replace(estimate, category=names[record.id], arm=target)
         for target, _, record in done
         for estimate in record.estimates
         if estimate.category is None and estimate.arm is None

@@ -134,6 +134,39 @@ def folder_for(runs: Path, record: Record) -> Path:
     return folder
 
 
+def told_apart(records: Sequence[Record]) -> list[str]:
+    """What each of some records was given that not all of them were given: options of the suite, judge, settings, seed, epochs.
+
+    Where that is nothing, or long, the first eight digits of the record's id.
+
+    >>> one, two = (new_record("eval", "x", {"suite": {"options": {"language": name, "n": 3}}}) for name in "AB")
+    >>> told_apart([one, two])
+    ['language=A', 'language=B']
+    """
+    found = [_given(record.inputs) for record in records]
+    names = [
+        name
+        for name in dict.fromkeys(name for own in found for name in own)
+        if len({own.get(name) for own in found}) > 1
+    ]
+    words = [", ".join(f"{name}={own[name]}" for name in names if name in own) for own in found]
+    clear = len(set(words)) == len(words) and all(0 < len(word) <= 60 for word in words)
+    return words if clear else [record.id[:8] for record in records]
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, str]:
+    def part(*path: str) -> Mapping[str, Any]:
+        here: Any = inputs
+        for name in path:
+            here = here.get(name) if isinstance(here, Mapping) else None
+        return here if isinstance(here, Mapping) else {}
+
+    alone = {name: inputs[name] for name in ("seed", "epochs") if name in inputs}
+    judge = {"judge": part("judge")["name"]} if "name" in part("judge") else {}
+    given = {**part("suite", "options"), **part("settings"), **judge, **alone}
+    return {name: str(value) for name, value in given.items()}
+
+
 def walk(runs: Path) -> Iterator[tuple[Path, Record]]:
     """All records in a runs folder, oldest first by folder name; folders that hold none are passed over."""
     for path in sorted(runs.glob("*/record.json")):

@@ -57,7 +57,7 @@ def file_sha256(path: Path) -> str:
     >>> file_sha256(Path(os.devnull))[:12]
     'e3b0c44298fc'
     """
-    state, room = hashlib.sha256(), bytearray(1 << 20)
+    state, room = hashlib.sha256(), bytearray(1 << 18)  # stays in the second-level cache
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(room):
             state.update(memoryview(room)[:got])

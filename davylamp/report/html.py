@@ -7,12 +7,13 @@ Every text that reaches the page goes through `visible` and the template's autoe
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from davylamp.core.errors import InputError
 from davylamp.core.policy import Decision
@@ -112,7 +113,17 @@ def _template() -> Any:
         lstrip_blocks=True,
         finalize=_shown,
     )
+    environment.filters["coded"] = coded
     return environment.from_string(_beside("page.html"))
+
+
+def coded(text: str) -> Markup:
+    """Text of a note, with what stands between backticks as code.
+
+    >>> print(coded("see `a < b`"))
+    see <code>a &lt; b</code>
+    """
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(plots.visible(text)))))
 
 
 def _shown(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from davylamp.core.errors import DavylampError
 from davylamp.core.nouns import Record
-from davylamp.core.record import load
+from davylamp.core.record import load, told_apart
 from davylamp.report import plots, worst
 
 SUITE, TARGET, JUDGE = "suite", "target", "judge"
@@ -52,9 +52,11 @@ def gather(folders: Sequence[Path]) -> list[Run]:
     for run in runs:
         run.label = run.name(TARGET) or run.record.name
     seen = Counter((run.suite, run.label) for run in runs)
-    for run in runs:
-        if seen[run.suite, run.label] > 1:
-            run.label += f" · {run.record.id[:8]}"
+    for (suite, label), count in seen.items():
+        if count > 1:
+            alike = [run for run in runs if (run.suite, run.label) == (suite, label)]
+            for run, words in zip(alike, told_apart([run.record for run in alike]), strict=True):
+                run.label += f" · {words}"
     return runs
 
 

@@ -9,7 +9,7 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.edits.ablate import ablate
 from davylamp.models import vectors_walk
 from davylamp.models.vectors import names
-from tests import tiny_models as tiny
+from tests import tiny
 
 
 def rng(seed=0):
@@ -19,7 +19,7 @@ def rng(seed=0):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
-    base = tiny.make("llama")
+    base = tiny.jittered("llama")
     models = [base, tiny.near(base, 1)]
     return models, [tiny.save(model, root / str(i), "20KB") for i, model in enumerate(models)]
 
@@ -69,7 +69,7 @@ def test_a_random_mask_is_uniform():
 @pytest.mark.parametrize("by", ["row", "tensor", "global"])
 def test_both_forms_give_equal_bytes(by, pair, tmp_path):
     for family in ("gpt2", "mixtral"):
-        model = tiny.load(tiny.save(tiny.make(family, 0, torch.bfloat16), tmp_path / f"{family} new"))
+        model = tiny.load(tiny.save(tiny.jittered(family, 0, torch.bfloat16), tmp_path / f"{family} new"))
         folder = tiny.save(model, tmp_path / family, "20KB")
         out = ablate(folder, out=tmp_path / f"{family} out", fraction=0.25, by=by, rng=rng())
         saved = tiny.save(ablate(model, fraction=0.25, by=by, rng=rng()), tmp_path / f"{family} saved", "20KB")

@@ -13,9 +13,9 @@ from torch import nn
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.edits.ablate_heads import ablate_heads, transplant_heads
 from davylamp.models import hooks
-from tests.interp import tiny
+from tests import tiny
 
-NAMES = [name for name in tiny.CONFIGS if name != "wide"]
+NAMES = tiny.WITH_HEADS
 IDS = torch.tensor([[3, 9, 4, 17, 30, 8, 21, 40]])
 
 
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
         key = f"{name}-{seed}-{'-'.join(map(str, how.values()))}"
         if key not in made:
             made[key] = root / key
-            tiny.model(name, seed).save_pretrained(made[key], **how)
+            tiny.heads(name, seed).save_pretrained(made[key], **how)
         return made[key]
 
     return folder
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_baked_equals_hooked(name, component):
     """Two heads, one of them in the last layer: the same logits as with hooks, and other weights than named are bit-equal."""
-    model = tiny.model(name)
+    model = tiny.heads(name)
     kept = {key: value.clone() for key, value in model.named_parameters()}
     heads = [(0, 1), (2, 0)]
     with hooks.ablate_heads(model, heads, component=component, epsilon=1e-10):
@@ -68,11 +68,11 @@ def test_baked_equals_hooked(name, component):
         assert not any(part in key for key in changed for part in ("v_proj", "qkv_proj", "c_attn", "query_key_value"))
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "phi3", "gpt_neox", "qwen2", "mixtral", "llava", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox", "qwen2", "mixtral", "llava", "qwen3"])
 def test_a_folder_is_cut_as_the_model_in_memory(name, folders, tmp_path):
     source, out = folders(name), tmp_path / "out"
     assert cut(source, ("1.0", "1.1"), out=out, component="q") == out
-    model = cut(tiny.model(name), ("1.0", "1.1"))
+    model = cut(tiny.heads(name), ("1.0", "1.1"))
     again = type(model).from_pretrained(out)
     ours = dict(model.named_parameters())
     assert all(torch.equal(value, ours[key]) for key, value in again.named_parameters())
@@ -87,7 +87,7 @@ def test_a_folder_is_cut_as_the_model_in_memory(name, folders, tmp_path):
 
 
 def test_shards_and_half_precision(tmp_path):
-    model = tiny.model("llama_gqa").half()
+    model = tiny.heads("llama").half()
     source = tmp_path / "source"
     model.save_pretrained(source, max_shard_size="12KB")
     assert len(list(source.glob("*.safetensors"))) > 2
@@ -101,7 +101,7 @@ def test_shards_and_half_precision(tmp_path):
 
 
 def test_a_factor_is_baked_once(folders, tmp_path):
-    source, once, twice = folders("llama"), tmp_path / "once", tmp_path / "twice"
+    source, once, twice = folders("llama_mha"), tmp_path / "once", tmp_path / "twice"
     cut(source, ("0.1",), out=once)
     with pytest.raises(InputError, match=r"head 0\.1 was ablated"):
         cut(once, ("0.1",), out=twice)
@@ -115,10 +115,10 @@ def test_a_factor_is_baked_once(folders, tmp_path):
 
 
 # --- transplant ------------------------------------------------------------
-@pytest.mark.parametrize("name", ["llama", "llama_gqa", "gpt2", "gpt_neox", "phi3", "qwen3", "mixtral"])
+@pytest.mark.parametrize("name", ["llama_mha", "llama", "gpt2", "gpt_neox", "phi3", "qwen3", "mixtral"])
 def test_attention_and_mlp_make_a_whole(name):
     """Attention and MLPs of B in A, with B's other parameters already there, is B."""
-    a, b = tiny.model(name, 0), tiny.model(name, 1)
+    a, b = tiny.heads(name, 0), tiny.heads(name, 1)
     assert move(move(a, b, part="attention"), b, part="mlp") is a
     found, theirs = hooks.anatomy(a), hooks.anatomy(b)
     inside = {id(p) for part in ("self_attn", "attn", "attention", "mlp") for layer in found.layers
@@ -130,9 +130,9 @@ def test_attention_and_mlp_make_a_whole(name):
     assert theirs.heads == found.heads and not torch.equal(logits(a), logits(b))  # the embeddings are still a's
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_gqa", "gpt2", "gpt_neox", "phi3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama_mha", "llama", "gpt2", "gpt_neox", "phi3", "qwen2"])
 def test_all_heads_moved_are_the_attention_but_for_output_biases(name):
-    a, b, c = tiny.model(name, 0), tiny.model(name, 1), tiny.model(name, 0)
+    a, b, c = tiny.heads(name, 0), tiny.heads(name, 1), tiny.heads(name, 0)
     found = hooks.anatomy(a)
     every = tuple(f"{layer}.{head}" for layer in range(len(found.layers)) for head in range(found.heads))
     move(a, b, heads=every)
@@ -144,7 +144,7 @@ def test_all_heads_moved_are_the_attention_but_for_output_biases(name):
 
 def test_one_head_moved_gives_that_heads_output(folders, tmp_path):
     """With one head of the first layer from B, that head's output is B's on A's input, and the other heads' are A's."""
-    a, b = tiny.model("llama", 0), tiny.model("llama", 1)
+    a, b = tiny.heads("llama_mha", 0), tiny.heads("llama_mha", 1)
     b.model.embed_tokens.weight.data.copy_(a.model.embed_tokens.weight.data)
     seen = []
     for model in (a, b):
@@ -157,7 +157,7 @@ def test_one_head_moved_gives_that_heads_output(folders, tmp_path):
     wanted = seen[0].clone()
     wanted[:, :, 2] = seen[1][:, :, 2]
     assert torch.allclose(found["heads", 0], wanted, atol=1e-5)
-    out = move(folders("llama", 0), folders("llama", 1), heads=("0.2",), out=tmp_path / "out")
+    out = move(folders("llama_mha", 0), folders("llama_mha", 1), heads=("0.2",), out=tmp_path / "out")
     assert json.loads((out / "lineage.json").read_text())["options"] == {"part": "heads", "heads": ["0.2"]}
     attention = type(a).from_pretrained(out).model.layers[0].self_attn
     assert torch.equal(attention.q_proj.weight, a.model.layers[0].self_attn.q_proj.weight)
@@ -166,7 +166,7 @@ def test_one_head_moved_gives_that_heads_output(folders, tmp_path):
 
 # --- bad input ------------------------------------------------------------
 def test_bad_heads_and_options(folders, tmp_path):
-    model = tiny.model("llama_gqa")
+    model = tiny.heads("llama")
     for heads, options, words in (
         (("3.9",), {}, r"layer 3 head 9 \(model has 3 layers, 4 heads\)"),
         (("0.2",), {"component": "k"}, "2 KV heads"),
@@ -182,16 +182,16 @@ def test_bad_heads_and_options(folders, tmp_path):
     with pytest.raises(InputError, match="one model"):
         ablate_heads(model, model, heads=("0.1",), rng=np.random.default_rng(0))
     with pytest.raises(InputError, match="needs out"):
-        cut(folders("llama"), ("0.1",))
+        cut(folders("llama_mha"), ("0.1",))
     with pytest.raises(InputError, match="layer 9"):
-        cut(folders("llama"), ("9.1",), out=tmp_path / "none")
+        cut(folders("llama_mha"), ("9.1",), out=tmp_path / "none")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_norm_takes_only_zeros():
     with pytest.raises(InputError, match="norms its queries"):
-        cut(tiny.model("qwen3"), ("0.1",), epsilon=1e-3)
-    model = cut(tiny.model("qwen3"), ("0.1",), epsilon=1e-8)
+        cut(tiny.heads("qwen3"), ("0.1",), epsilon=1e-3)
+    model = cut(tiny.heads("qwen3"), ("0.1",), epsilon=1e-8)
     assert not model.model.layers[0].self_attn.q_proj.weight[16:32].any()
 
 
@@ -199,17 +199,17 @@ def test_adapters_tied_and_quantised_weights_are_refused(folders, tmp_path):
     class Adapted(nn.Linear):
         """Stands in for a LoRA layer: a linear map that is more than its weight."""
 
-    model = tiny.model("llama")
+    model = tiny.heads("llama_mha")
     attention = model.model.layers[0].self_attn
     attention.q_proj = Adapted(32, 32, bias=False)
     with pytest.raises(InputError, match="merge the adapter"):
         cut(model, ("0.1",))
-    tied = tiny.model("llama")
+    tied = tiny.heads("llama_mha")
     tied.model.layers[1].self_attn.q_proj.weight = tied.model.layers[0].self_attn.q_proj.weight
     with pytest.raises(InputError, match="tied"):
         cut(tied, ("0.1",))
     quantised = tmp_path / "quantised"
-    shutil.copytree(folders("llama"), quantised)
+    shutil.copytree(folders("llama_mha"), quantised)
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}})
@@ -221,7 +221,7 @@ def test_adapters_tied_and_quantised_weights_are_refused(folders, tmp_path):
 
 
 def test_transplants_that_cannot_be():
-    model, other = tiny.model("llama_gqa"), tiny.model("llama_gqa", 1)
+    model, other = tiny.heads("llama"), tiny.heads("llama", 1)
     with pytest.raises(InputError, match=r"groups of 2: name whole groups, here 1\.2,1\.3"):
         move(model, other, heads=("1.2",))
     for options in ({}, {"heads": ("0.0",), "part": "attention"}):
@@ -230,6 +230,6 @@ def test_transplants_that_cannot_be():
     with pytest.raises(UnknownNameError):
         move(model, other, part="norms")
     with pytest.raises(InputError, match="other shapes"):
-        move(model, tiny.model("llama"), part="attention")
+        move(model, tiny.heads("llama_mha"), part="attention")
     with pytest.raises(InputError, match="model to take from"):
         transplant_heads(model, part="mlp", rng=np.random.default_rng(0))

@@ -19,7 +19,7 @@ from davylamp.edits._masks import Threshold, kth_smallest, top_mask
 from davylamp.edits.antidote import How, antidote, calibrate, check_disjoint, repair
 from davylamp.models.activations import linear_weights
 from davylamp.models.adapters import Lora, put_on
-from tests.models import tiny
+from tests import tiny
 from tests.models.test_activations import build, dense
 
 # transformers 5.24 warns when peft asks a model whether it checkpoints gradients
@@ -295,7 +295,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_an_adapter_for_another_base_is_refused_with_a_table(tmp_path):
-    other = tiny.CONFIGS["llama"]()
+    other = tiny.config("llama")
     other.hidden_size = 64
     with torch.random.fork_rng():
         base = saved(__import__("transformers").AutoModelForCausalLM.from_config(other), tmp_path / "base")

@@ -14,9 +14,9 @@ from davylamp.models.vectors_out import weights_sha256
 from davylamp.models.vectors_reports import compatibility, routes, variants
 from davylamp.models.vectors_residual import Form
 from davylamp.models.vectors_sources import Residual
-from tests import tiny_models as tiny
+from tests import tiny
 
-WORDS = [f"w{i}" for i in range(48)]
+WORDS = [f"w{i}" for i in range(64)]
 EIGHT = ("llama", "llama_tied", "qwen2", "qwen3", "gpt2", "gemma2", "mixtral", "t5")
 
 
@@ -26,7 +26,7 @@ def rng(seed=0):
 
 def family(name, dtype, root, shard="20KB"):
     """(models, folders) of base, instruct and updated base; loaded once, so that files compare."""
-    base = tiny.load(tiny.save(tiny.make(name, 0, dtype), root / "new"))
+    base = tiny.load(tiny.save(tiny.jittered(name, 0, dtype), root / "new"))
     models = [base, tiny.near(base, 1), tiny.near(base, 2)]
     labels = ("base", "instruct", "updated")
     return models, [tiny.save(m, root / label, shard) for m, label in zip(models, labels, strict=True)]
@@ -123,27 +123,27 @@ def test_in_float32_an_unchanged_base_is_off_by_one_unit_at_most(tmp_path):
 # --- tokens, templates, settings --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llama", "llama_tied", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_three_new_tokens_and_the_instruct_models_voice(name, tmp_path):
-    base = tiny.make(name, 0, torch.bfloat16)
+    base = tiny.jittered(name, 0, torch.bfloat16)
     updated, instruct = tiny.near(base, 2), tiny.near(base, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        instruct.resize_token_embeddings(51, mean_resizing=False)
-    instruct.generation_config.eos_token_id = [2, 50]
-    instruct.config.eos_token_id = [2, 50]
+        instruct.resize_token_embeddings(67, mean_resizing=False)
+    instruct.generation_config.eos_token_id = [2, 66]
+    instruct.config.eos_token_id = [2, 66]
     order = [*WORDS[:10], "new1", *WORDS[10:], "new2", "new3"]  # the new tokens stand between the old ones
     folders = [
         tiny.save(base, tmp_path / "base", "20KB", WORDS),
         tiny.save(instruct, tmp_path / "instruct", "20KB"),
         tiny.save(updated, tmp_path / "updated", "20KB", WORDS),
     ]
-    tiny.tokenizer(order, "{{ 'chat: ' + messages[0]['content'] }}").save_pretrained(folders[1])
+    tiny.tokenizer("{{ 'chat: ' + messages[0]['content'] }}", order, marks=False).save_pretrained(folders[1])
     direct = apply(folders[2], *folders[:2], out=tmp_path / "direct")
     residual = extract(folders, tmp_path / "residual")
     stored = apply(folders[2], residual, out=tmp_path / "stored")
     assert tiny.file_bytes(direct) == tiny.file_bytes(stored)
     embedding = next(n for n in names(base) if n.endswith(("embed_tokens.weight", "wte.weight")))
     got, b, i, u = (tiny.weights(folder)[embedding].float() for folder in (direct, *folders))
-    assert got.shape[0] == 51
+    assert got.shape[0] == 67
     for row, word in enumerate(order):
         old = WORDS.index(word) if word in WORDS else None
         want = i[row] if old is None else u[old] + (i[row] - b[old])
@@ -151,10 +151,10 @@ def test_three_new_tokens_and_the_instruct_models_voice(name, tmp_path):
     for out in (direct, stored):
         assert (out / "tokenizer.json").read_bytes() == (folders[1] / "tokenizer.json").read_bytes()
         assert "chat: " in "".join(file.read_text() for file in out.glob("chat_template*"))
-        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 50]
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 66]
         config = json.loads((out / "config.json").read_text())
-        assert config["vocab_size"] == 51 and config["eos_token_id"] == [2, 50]
-        assert tiny.load(out).get_input_embeddings().weight.shape[0] == 51
+        assert config["vocab_size"] == 67 and config["eos_token_id"] == [2, 66]
+        assert tiny.load(out).get_input_embeddings().weight.shape[0] == 67
     # An unchanged base gives back the instruct model, new rows and all.
     assert tiny.weights(apply(folders[0], residual, out=tmp_path / "same")).keys() == tiny.weights(folders[1]).keys()
     for key, tensor in tiny.weights(tmp_path / "same").items():
@@ -354,7 +354,7 @@ def test_strangers_and_opposites_are_seen(trio):
     import copy
 
     base, instruct, _ = trio[0]
-    stranger = tiny.make("llama", 9, torch.bfloat16)
+    stranger = tiny.jittered("llama", 9, torch.bfloat16)
     assert abs(compatibility(stranger, base, instruct)["all"]["base_cosine"]) < 0.1
     back = copy.deepcopy(base)
     with torch.no_grad():
@@ -412,7 +412,7 @@ def test_the_wrong_base(trio, tmp_path):
 def test_models_and_files_that_do_not_fit(trio, tmp_path):
     base, instruct, updated = trio[1]
     out = tmp_path / "out"
-    other = tiny.save(tiny.make("qwen2", 0, torch.bfloat16), tmp_path / "qwen2")
+    other = tiny.save(tiny.jittered("qwen2", 0, torch.bfloat16), tmp_path / "qwen2")
     refused(r"only in qwen2 \(6\).*k_proj.bias", other, base, instruct, out=out)
     refused("different tensors", instruct, other, out=out, step="extract")
     residual = extract(trio[1], tmp_path / "r")
@@ -436,7 +436,7 @@ def test_models_and_files_that_do_not_fit(trio, tmp_path):
     refused("broken: model.norm.weight has 3 entries", broken, base, step="extract", out=out)
     refused("broken: model.norm.weight has 3 entries", updated, base, broken, out=out)
     words = shutil.copytree(updated, tmp_path / "words")
-    tiny.tokenizer([*WORDS[:40], *(f"cpt{i}" for i in range(8))]).save_pretrained(words)
+    tiny.tokenizer(tiny.BARE, [*WORDS[:40], *(f"cpt{i}" for i in range(8))]).save_pretrained(words)
     for folder in (base, instruct):
         tiny.tokenizer(WORDS).save_pretrained(shutil.copytree(folder, tmp_path / f"{folder.name} words"))
     given = words, tmp_path / "base words", tmp_path / "instruct words"

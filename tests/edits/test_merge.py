@@ -11,7 +11,7 @@ from davylamp.core.registry import find
 from davylamp.edits.merge import merge
 from davylamp.models import vectors_rules as rules
 from davylamp.models.vectors import Part, names, read
-from tests import tiny_models as tiny
+from tests import tiny
 
 
 def rng(seed=0):
@@ -21,7 +21,7 @@ def rng(seed=0):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     root = tmp_path_factory.mktemp("three")
-    base = tiny.make("llama")
+    base = tiny.jittered("llama")
     models = [base, tiny.near(base, 1), tiny.near(base, 2)]
     return models, [tiny.save(model, root / str(i), "20KB") for i, model in enumerate(models)]
 
@@ -71,7 +71,7 @@ def test_average(three, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 def test_weights_0_and_1_give_the_ingredients_bit_for_bit(dtype, tmp_path):
-    base = tiny.make("qwen2", dtype=dtype)
+    base = tiny.jittered("qwen2", dtype=dtype)
     with torch.no_grad():
         base.model.norm.weight[:4] = -0.0
     models = [base, tiny.near(base, 1)]
@@ -293,7 +293,7 @@ def test_extrapolation_goes_beyond(three, tmp_path):
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_vision_parts_are_kept_unless_asked_for(family, tmp_path):
-    models = [tiny.make(family, seed) for seed in (0, 1)]
+    models = [tiny.jittered(family, seed) for seed in (0, 1)]
     folders = [tiny.save(model, tmp_path / str(i)) for i, model in enumerate(models)]
     kept = tiny.weights(merge(*folders, out=tmp_path / "kept", rng=rng()))
     merged = tiny.weights(merge(*folders, out=tmp_path / "merged", vision="merge", rng=rng()))
@@ -305,10 +305,10 @@ def test_vision_parts_are_kept_unless_asked_for(family, tmp_path):
         assert not torch.equal(merged[name], tensor)
 
 
-@pytest.mark.parametrize("family", tiny.MAKE)
+@pytest.mark.parametrize("family", tiny.STREAMED)
 @pytest.mark.slow
 def test_every_rule_on_every_family(family, tmp_path):
-    base = tiny.load(tiny.save(tiny.make(family, 0, torch.bfloat16), tmp_path / "new"))
+    base = tiny.load(tiny.save(tiny.jittered(family, 0, torch.bfloat16), tmp_path / "new"))
     models = [base, tiny.near(base, 1, 0.05), tiny.near(base, 2, 0.05)]
     folders = [tiny.save(model, tmp_path / str(i), "20KB") for i, model in enumerate(models)]
     for method in ("linear", "average", "slerp", "task_arithmetic", "ties", "dare", "dare_ties"):

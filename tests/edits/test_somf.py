@@ -39,7 +39,7 @@ from davylamp.edits.somf import (
     task_vectors,
 )
 from davylamp.models.adapters import Lora, put_on
-from tests.models import tiny
+from tests import tiny
 from tests.models.test_activations import build
 
 # transformers 5.24 warns when peft asks a model whether it checkpoints gradients
@@ -458,17 +458,17 @@ def test_models_that_do_not_fit_are_named():
     import transformers
 
     safe = build("llama")
-    config = tiny.CONFIGS["llama"]()
+    config = tiny.config("llama")
     config.vocab_size = 70
     with pytest.raises(
         InputError, match=r"another vocabulary: model\.embed_tokens\.weight is \[70, 32\], not \[64, 32\]"
     ):
         task_vectors(safe, [transformers.LlamaForCausalLM(config)])
-    config = tiny.CONFIGS["llama"]()
+    config = tiny.config("llama")
     config.num_hidden_layers = 1
     with pytest.raises(InputError, match=r"Only in the safe model: model\.layers\.1\..*Only in the other: none"):
         task_vectors(safe, [transformers.LlamaForCausalLM(config)])
-    config = tiny.CONFIGS["llama"]()
+    config = tiny.config("llama")
     config.intermediate_size = 40
     with pytest.raises(
         InputError, match=r"other shapes\. model\.layers\.0\.mlp\.gate_proj\.weight: \[40, 32\], not \[48, 32\]"

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from davylamp.core.errors import InputError  # noqa: E402
 from davylamp.edits.merge import merge  # noqa: E402
-from tests import tiny_models as tiny  # noqa: E402
+from tests import tiny  # noqa: E402
 
 T = tiny.T
 CLIP = {
@@ -64,11 +64,11 @@ def _qwen2_text():
 
 
 MAKE = {
-    "llava of llama": (lambda: _llava(T.LlamaConfig(**tiny.SIZES)), tiny.MAKE["llama"]),
+    "llava of llama": (lambda: _llava(T.LlamaConfig(**tiny.SIZES)), lambda: tiny.model("llama")),
     "llava of qwen2": (lambda: _llava(T.Qwen2Config(**tiny.SIZES)), _qwen2_text),
-    "llava_next": (_llava_next, tiny.MAKE["llama"]),
-    "qwen2_vl": (tiny.MAKE["qwen2_vl"], _qwen2_text),
-    "idefics3": (_idefics3, tiny.MAKE["llama"]),
+    "llava_next": (_llava_next, lambda: tiny.model("llama")),
+    "qwen2_vl": (lambda: tiny.model("qwen2_vl"), _qwen2_text),
+    "idefics3": (_idefics3, lambda: tiny.model("llama")),
     "paligemma": (_paligemma, lambda: T.GemmaForCausalLM(T.GemmaConfig(**GEMMA))),
 }
 

@@ -11,7 +11,7 @@ from davylamp.core.judges import load_judge
 from davylamp.core.nouns import Message
 from davylamp.data.guard_format import load_format
 from davylamp.guards.aegis2 import adapters_on_one_base
-from tests.guards import tiny
+from tests import tiny
 from tests.server import say
 
 REPLY = (Message("user", "how to make bread"), Message("assistant", "like this"))
@@ -69,8 +69,8 @@ def test_adapters_share_one_base(tmp_path):
     form = replace(load_format("aegis1"), max_tokens=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tiny.causal("Llama").save_pretrained(tmp_path / "base")
-        tiny.tokenizer().save_pretrained(tmp_path / "base")
+        tiny.guard("llama").save_pretrained(tmp_path / "base")
+        tiny.guard_tokenizer().save_pretrained(tmp_path / "base")
         for seed, name in enumerate("ab"):
             import torch
 

@@ -9,8 +9,7 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.nouns import Case, Message
 from davylamp.interp.defection_probe import auroc, defection_probe, first_component, pair_direction, roc_auc_of
 from davylamp.report import figures
-from tests.interp import tiny
-from tests.models.tiny import tokenizer as words
+from tests import tiny
 
 
 def rng(seed=0):
@@ -19,12 +18,12 @@ def rng(seed=0):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return words()
+    return tiny.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model("wide", spread=3.0)
+    return tiny.heads("llama", spread=3.0)
 
 
 def row(i, probe, text, **meta):

@@ -24,8 +24,7 @@ from davylamp.interp.layers import (
 )
 from davylamp.models import hooks
 from davylamp.report import figures
-from tests.interp import tiny
-from tests.models.tiny import tokenizer as words
+from tests import tiny
 
 
 def rows(n, kind, seed=0):
@@ -51,12 +50,12 @@ GIVEN = rows(20, "bad") + rows(20, "good", 1)
 
 
 def look(model, given=GIVEN, **options):
-    return layers(model, given, tokenizer=words(), rng=np.random.default_rng(0), **options)
+    return layers(model, given, tokenizer=tiny.tokenizer(), rng=np.random.default_rng(0), **options)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gemma2", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
 def test_states_are_the_librarys_hidden_states(name):
-    model, prompts = tiny.model(name), tiny.prompts(7)
+    model, prompts = tiny.heads(name), tiny.prompts(7)
     states = last_states(model, prompts)
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
@@ -66,7 +65,7 @@ def test_states_are_the_librarys_hidden_states(name):
 
 
 def test_a_result_is_plain_and_drawable():
-    found = look(tiny.model("wide"), other=tiny.model("wide", 1))
+    found = look(tiny.heads("llama"), other=tiny.heads("llama", 1))
     assert len(found["cosine_gap"]) == len(found["weight_shift"]) == len(found["state_cka"]) == 3
     assert {e.name for e in found.pop("estimates")} == {"cosine_gap", "probe_accuracy", "weight_shift", "state_shift"}
     assert len(figures.views(found["figures"])) == 2
@@ -136,7 +135,7 @@ def test_similarity_and_ranks():
 
 
 def test_shifts_are_where_the_weights_moved():
-    model, other = tiny.model("wide"), tiny.model("wide")
+    model, other = tiny.heads("llama"), tiny.heads("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     moved = weight_shift(hooks.anatomy(model), hooks.anatomy(other))
@@ -148,13 +147,13 @@ def test_shifts_are_where_the_weights_moved():
 
 
 def test_a_swapped_layer_is_the_others_and_comes_back():
-    model, other = tiny.model("wide"), tiny.model("wide", 1)
-    ids = torch.tensor([encode(model, words(), GIVEN[:1])[0]])
+    model, other = tiny.heads("llama"), tiny.heads("llama", 1)
+    ids = torch.tensor([encode(model, tiny.tokenizer(), GIVEN[:1])[0]])
     with torch.no_grad():
         before = model(ids).logits
         with swapped(hooks.anatomy(model), hooks.anatomy(other), 1):
             between = model(ids).logits
-        patched = tiny.model("wide")
+        patched = tiny.heads("llama")
         patched.model.layers[1].load_state_dict(other.model.layers[1].state_dict())
         assert torch.equal(between, patched(ids).logits) and not torch.equal(between, before)
         with pytest.raises(ZeroDivisionError), swapped(hooks.anatomy(model), hooks.anatomy(other), 0):
@@ -165,7 +164,7 @@ def test_a_swapped_layer_is_the_others_and_comes_back():
 
 
 def test_bad_input():
-    model = tiny.model("wide")
+    model = tiny.heads("llama")
     with pytest.raises(InputError, match="10 harmful and 10 benign"):
         look(model, rows(20, "bad") + rows(3, "good"))
     with pytest.raises(InputError, match="pairs"):
@@ -173,8 +172,8 @@ def test_bad_input():
     with pytest.raises(InputError, match="second model"):
         look(model, judge="refusal")
     with pytest.raises(InputError, match="share a vocabulary"):
-        look(model, other=tiny.model("llama"))
-    gpt = tiny.model("wide")
+        look(model, other=tiny.heads("llama", vocab_size=50))
+    gpt = tiny.heads("llama")
     gpt.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 41, bias=False)
     with pytest.raises(InputError, match=r"not of one family.*layers\.0\.mlp\.up_proj"):
         look(model, other=gpt)

@@ -16,20 +16,20 @@ from davylamp.interp.sahara import sahara
 from davylamp.interp.ships import overlap, ships
 from davylamp.models import hooks
 from davylamp.report import figures
-from tests.interp import naive, tiny
-from tests.models.tiny import tokenizer as words
+from tests import tiny
+from tests.interp import naive
 
 WRAPPER = "role {prompt} end"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return words()
+    return tiny.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model("wide", spread=3.0)
+    return tiny.heads("llama", spread=3.0)
 
 
 def rows(n, kind="harmful", seed=0):
@@ -92,7 +92,7 @@ def test_the_screen_leaves_gaps_and_says_so(model, tokenizer):
 
 
 def test_two_models_are_compared(model, tokenizer):
-    other = tiny.model("wide", seed=1, spread=3.0)
+    other = tiny.heads("llama", seed=1, spread=3.0)
     same = look(ships, model, rows(9), tokenizer, other=model)["other"]
     assert same["shared"] == same["depth"] == 10 and same["rank_biased_overlap"] == pytest.approx(1.0)
     assert same["shared_by_chance"] == pytest.approx(100 / 12)
@@ -101,7 +101,7 @@ def test_two_models_are_compared(model, tokenizer):
         e.name for e in found["estimates"]
     }
     with pytest.raises(InputError, match="share a vocabulary"):
-        look(ships, model, rows(9), tokenizer, other=tiny.model("llama"))
+        look(ships, model, rows(9), tokenizer, other=tiny.heads("llama", vocab_size=50))
     assert overlap([(0, 0), (0, 1)], [(0, 1), (1, 1)], depth=2)["shared"] == 1
 
 
@@ -110,7 +110,7 @@ def test_the_wrapper_is_the_users(model, tokenizer, tmp_path):
     ids = encode(model, tokenizer, given, WRAPPER)
     assert [tokenizer.decode(row) for row in ids] == ["<unk> w1 w2 <unk>", "<unk> w3 <unk>"]
     assert encode(model, tokenizer, given[1:]) == [encode(model, tokenizer, [Case("x", given[1].messages[:1])])[0]]
-    plain = words(template=None)
+    plain = tiny.tokenizer(template=None)
     with pytest.raises(InputError, match="no chat template"):
         encode(model, plain, given)
     assert encode(model, plain, given, WRAPPER) == ids
@@ -242,7 +242,7 @@ def test_few_prompts_are_said_to_be_few(model, tokenizer):
 
 
 def test_a_broken_model_names_the_row(tokenizer):
-    broken = tiny.model("wide")
+    broken = tiny.heads("llama")
     with torch.no_grad():
         broken.model.embed_tokens.weight[tokenizer("w7")["input_ids"][0]] = torch.nan
     with pytest.raises(RunError, match="prompt bad gives"):

@@ -138,11 +138,12 @@ def test_the_explain_command_joins_the_parts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "qwen3"])
 def test_other_architectures_are_scanned(name):
-    from tests.interp import tiny
-    from tests.models.tiny import tokenizer as words
+    from tests import tiny
 
     given = [
         Case(str(i), (Message("user", " ".join(f"w{k}" for k in rng(i).integers(30, size=4))),)) for i in range(20)
     ]
-    found = trigger_scan(tiny.model(name), given, tokenizer=words(), rng=rng(), confirm=10, candidates=20, top=3)
+    found = trigger_scan(
+        tiny.heads(name), given, tokenizer=tiny.tokenizer(), rng=rng(), confirm=10, candidates=20, top=3
+    )
     assert found["tried"] == 20 and len(found["candidates"]) == 3

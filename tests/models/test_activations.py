@@ -12,25 +12,15 @@ from torch.nn import functional as F
 
 from davylamp.core.errors import InputError
 from davylamp.models.activations import input_norms, linear_weights, matching
-from tests.models import tiny
+from tests import tiny
 
-CONFIGS = {
-    **{name: tiny.CONFIGS[name] for name in ("llama", "qwen2", "gpt2", "gemma", "phi3", "mixtral")},
-    "mistral": lambda: transformers.MistralConfig(**tiny.GROUPED),
-    "opt": lambda: transformers.OPTConfig(
-        **{k: v for k, v in tiny.SMALL.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=32
-    ),
-    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **tiny.GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, decoder_sparse_step=1,
-    ),
-}  # fmt: skip
+FAMILIES = ("llama", "qwen2", "gpt2", "gemma", "phi3", "mixtral", "mistral", "opt", "qwen2_moe")
 
 
 def build(name, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+        return transformers.AutoModelForCausalLM.from_config(tiny.config(name)).eval()
 
 
 def sequences(count=7, seed=0):
@@ -59,7 +49,7 @@ def dense(model, rows, weights):
     return {name: np.array(values) for name, values in out.items()}
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.parametrize("norm", ["rms", "mean"])
 def test_norms_are_those_of_the_stored_activations(name, norm):
     model, rows = build(name), sequences()

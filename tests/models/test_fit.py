@@ -17,7 +17,7 @@ from davylamp.models import fit as fitting  # noqa: E402
 from davylamp.models.adapters import Lora  # noqa: E402
 from davylamp.models.fit import IGNORED, answer_loss, fit  # noqa: E402
 from davylamp.models.turns import encode_turn, ends_of, usable  # noqa: E402
-from tests.models import tiny  # noqa: E402
+from tests import tiny  # noqa: E402
 
 
 def rows(n=6, words=3):
@@ -88,12 +88,12 @@ def test_micro_batches_and_padding_change_nothing():
 
 def test_a_template_that_hides_nothing_and_one_that_does():
     """A template that drops part of the prompt once a reply follows: the reply's own words are learnt, behind the prompt as asked."""
-    tok = tiny.tokenizer(tiny.TEMPLATE.replace("'<s> assistant '", "'<s> assistant w59 '"))
+    tok = tiny.tokenizer(tiny.CHAT.replace("'<s> assistant '", "'<s> assistant w59 '"))
     ends = ends_of(tiny.model("llama"), tok)
     prompt, answer = encode_turn(tok, [Message("user", "w1")], "w2 w3", ends)
     assert tok.decode(prompt).endswith("w59") and tok.decode(answer) == "w2 w3 </s>"
     merged = tiny.tokenizer(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + tiny.TEMPLATE
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + tiny.CHAT
     )
     prompt, answer = encode_turn(merged, [Message("system", "w7"), Message("user", "w1")], "w2", ends)
     assert "w7" in merged.decode(prompt) and merged.decode(answer) == "w2 </s>"
@@ -125,7 +125,7 @@ def test_the_merged_delta_is_alpha_over_r_ba(name):
         assert (found != before[f"{path}.weight"]).any()
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny.TRAINED)
 def test_architectures(name):
     """Full and LoRA, one step each: weights move, step 0 and a learning rate of 0 give the base's logits to the bit."""
     tok, plan = tiny.tokenizer(), {"lr": 1e-2, "batch": 6}

@@ -16,7 +16,7 @@ from davylamp.models.fit import fit  # noqa: E402
 from davylamp.models.four_way import FourWay, Outcome, four_way, judged, rate_of, task_cases, world_grade  # noqa: E402
 from davylamp.models.greedy import generate, greedy_replies, likeliest  # noqa: E402
 from davylamp.models.turns import encode_turn, ends_of  # noqa: E402
-from tests.models import tiny  # noqa: E402
+from tests import tiny  # noqa: E402
 
 
 def rows(n=6):

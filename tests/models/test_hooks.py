@@ -9,9 +9,9 @@ import transformers
 
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.models import hooks
-from tests.interp import tiny
+from tests import tiny
 
-NAMES = [name for name in tiny.CONFIGS if name != "wide"]
+NAMES = tiny.WITH_HEADS
 IDS = torch.tensor([[3, 9, 4, 17, 30, 8, 21, 40]])
 
 
@@ -26,7 +26,7 @@ def hook_count(model):
 
 @pytest.fixture(scope="module", params=NAMES)
 def model(request):
-    return tiny.model(request.param)
+    return tiny.heads(request.param)
 
 
 def kv_heads(model):
@@ -245,7 +245,7 @@ def test_output_weights_by_head(model):
 
 # --- bad input ----------------------------------------------------------------------------------------------------------------------------
 def test_heads_that_are_not_there():
-    model = tiny.model("llama_gqa")
+    model = tiny.heads("llama")
     with (
         pytest.raises(InputError, match=r"layer 3 head 9 \(model has 3 layers, 4 heads\)"),
         hooks.ablate_heads(model, [(3, 9)]),
@@ -264,12 +264,15 @@ def test_heads_that_are_not_there():
 
 @pytest.mark.parametrize("epsilon", [-1e-9, math.nan, math.inf])
 def test_epsilon_must_be_a_small_number(epsilon):
-    with pytest.raises(InputError, match="epsilon"), hooks.ablate_heads(tiny.model("llama"), [(0, 0)], epsilon=epsilon):
+    with (
+        pytest.raises(InputError, match="epsilon"),
+        hooks.ablate_heads(tiny.heads("llama_mha"), [(0, 0)], epsilon=epsilon),
+    ):
         pass
 
 
 def test_unknown_components_kinds_and_names():
-    model = tiny.model("llama")
+    model = tiny.heads("llama_mha")
     for options in ({"component": "o"}, {"kind": "zero"}):
         with pytest.raises(UnknownNameError), hooks.ablate_heads(model, [(0, 0)], **options):
             pass
@@ -306,7 +309,7 @@ def test_models_without_standard_decoder_attention_are_named(config):
 
 
 def test_queries_and_keys_of_one_head_are_allowed_with_a_warning():
-    model = tiny.model("llama_gqa")
+    model = tiny.heads("llama")
     with hooks.ablate_heads(model, [(0, 3)]):
         with pytest.warns(UserWarning, match="layer 0 head 3"), hooks.ablate_heads(model, [(0, 1)], component="k"):
             logits(model)

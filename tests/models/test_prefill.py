@@ -11,18 +11,13 @@ from davylamp.core.nouns import Message
 from davylamp.models import long_thought
 from davylamp.models.hf import HFTarget, begun_ids, generate_batch, prompt_ids
 from davylamp.models.thinking import Thinking, ThinkingTarget, think
-from tests.models import tiny
+from tests import tiny
 
 ASK = [Message("user", "w1 w2 w3")]
-MORE = {
-    "llama": tiny.CONFIGS["llama"],
-    "qwen2": tiny.CONFIGS["qwen2"],
-    "qwen3": lambda: transformers.Qwen3Config(**tiny.GROUPED, head_dim=8),
-    "mistral": lambda: transformers.MistralConfig(**tiny.GROUPED),
-}
+MORE = ("llama", "qwen2", "qwen3", "mistral")
 
 
-def with_tags(*, special, template=tiny.TEMPLATE):
+def with_tags(*, special, template=tiny.CHAT):
     tok = tiny.tokenizer(template)
     tok.add_tokens(
         [transformers.AddedToken(tag, special=special) for tag in ("<think>", "</think>")], special_tokens=special
@@ -34,7 +29,7 @@ def with_tags(*, special, template=tiny.TEMPLATE):
 def model(request):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = transformers.AutoModelForCausalLM.from_config(MORE[request.param]()).eval()
+        made = transformers.AutoModelForCausalLM.from_config(tiny.config(request.param)).eval()
     made.resize_token_embeddings(68)
     return made
 
@@ -81,7 +76,7 @@ def test_strategies_run(model, special):
 
 
 def test_a_thought_that_the_template_opens_is_not_opened_twice():
-    tok = with_tags(special=True, template=tiny.TEMPLATE.replace("'<s> assistant '", "'<s> assistant <think> '"))
+    tok = with_tags(special=True, template=tiny.CHAT.replace("'<s> assistant '", "'<s> assistant <think> '"))
     ids = begun_ids(tok, ASK, "<think>\nw4\n</think>\n\n").ids
     assert ids.count(tok.convert_tokens_to_ids("<think>")) == 1 and ids[-1] == tok.convert_tokens_to_ids("</think>")
     assert begun_ids(tok, ASK).head == "<think>"

@@ -7,7 +7,7 @@ import transformers
 from davylamp.core.errors import InputError
 from davylamp.core.nouns import Message
 from davylamp.models.reward import ATTRIBUTES, attribute_scores, load_reward
-from tests.models import tiny
+from tests import tiny
 
 TALKS = [
     [Message("user", "w1 w2"), Message("assistant", "w3")],
@@ -19,7 +19,7 @@ TALKS = [
 def model(request):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = tiny.CONFIGS[request.param]()
+        config = tiny.config(request.param)
         config.num_labels = 5
         return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 

@@ -14,10 +14,10 @@ import torch
 from davylamp.core.errors import InputError, RunError
 from davylamp.models import vectors, vectors_out, vectors_select, vectors_sources
 from davylamp.models.vectors import edit, edit_folder, edit_model, names, read, scan
-from tests import tiny_models as tiny
+from tests import tiny
 
 STEP = {"operation": "step", "options": {"weight": 0.3}}
-WORDS = [f"w{i}" for i in range(48)]
+WORDS = [f"w{i}" for i in range(64)]
 
 
 def step(part, tensors):
@@ -31,16 +31,16 @@ def by_norm(part, tensors):  # needs the whole tensor
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
-    base = tiny.make("llama")
+    base = tiny.jittered("llama")
     return tiny.save(base, root / "base", "20KB"), tiny.save(tiny.near(base, 1), root / "tuned", "20KB")
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["bf16", "f32"]
 )
-@pytest.mark.parametrize("family", tiny.MAKE)
+@pytest.mark.parametrize("family", tiny.STREAMED)
 def test_both_forms_give_equal_bytes(family, dtype, tmp_path):
-    models = [tiny.load(tiny.save(tiny.make(family, seed, dtype), tmp_path / f"new{seed}")) for seed in (0, 1)]
+    models = [tiny.load(tiny.save(tiny.jittered(family, seed, dtype), tmp_path / f"new{seed}")) for seed in (0, 1)]
     folders = [tiny.save(model, tmp_path / str(i), "20KB") for i, model in enumerate(models)]
     assert names(models[0]) == names(folders[0]) == sorted(tiny.weights(folders[0]))
     ids = torch.arange(8)[None]
@@ -58,7 +58,7 @@ def test_both_forms_give_equal_bytes(family, dtype, tmp_path):
 
 @pytest.mark.parametrize("shard", ["50GB", "20KB"])
 def test_nothing_done_copies_every_byte(shard, tmp_path):
-    source = tiny.save(tiny.make("qwen2", dtype=torch.bfloat16), tmp_path / "a", shard, WORDS)
+    source = tiny.save(tiny.jittered("qwen2", dtype=torch.bfloat16), tmp_path / "a", shard, WORDS)
     (source / "README.md").write_text("the card of other weights")
     out = edit_folder(source, [], lambda part, tensors: tensors[0], tmp_path / "out", lineage=STEP)
     mine, theirs = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (out, source))
@@ -69,7 +69,7 @@ def test_nothing_done_copies_every_byte(shard, tmp_path):
 
 
 def test_the_arithmetic_is_float32_rounded_once(tmp_path):
-    models = [tiny.make("gpt2", seed, torch.bfloat16) for seed in (0, 1)]
+    models = [tiny.jittered("gpt2", seed, torch.bfloat16) for seed in (0, 1)]
     folders = [tiny.save(model, tmp_path / str(i)) for i, model in enumerate(models)]
     out = tiny.weights(edit_folder(folders[0], folders[1:], step, tmp_path / "out", lineage=STEP, blocks=True))
     for name, tensor in out.items():
@@ -126,7 +126,7 @@ def test_small_blocks_give_the_same_bytes_for_elementwise_rules(pair, tmp_path, 
 def test_read_and_names(pair):
     base, _ = pair
     assert torch.equal(read(base, "model.norm.weight"), tiny.weights(base)["model.norm.weight"])
-    model = tiny.make("mixtral")
+    model = tiny.jittered("mixtral")
     view = read(model, "model.norm.weight")
     view.zero_()
     assert not model.model.norm.weight.any()
@@ -165,7 +165,7 @@ def both_ways(model, folder):
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
 def test_a_tied_head_is_edited_once_however_it_is_saved(family, tmp_path):
-    base = tiny.make(family)
+    base = tiny.jittered(family)
     sides = [both_ways(model, tmp_path / str(i)) for i, model in enumerate((base, tiny.near(base, 1)))]
     seen = []
 
@@ -187,16 +187,16 @@ def test_a_tied_head_is_edited_once_however_it_is_saved(family, tmp_path):
 
 
 def test_tied_against_untied_is_refused(tmp_path):
-    tied = tiny.save(tiny.make("llama_tied"), tmp_path / "tied")
-    free = tiny.save(tiny.make("llama"), tmp_path / "free")
+    tied = tiny.save(tiny.jittered("llama_tied"), tmp_path / "tied")
+    free = tiny.save(tiny.jittered("llama"), tmp_path / "free")
     with pytest.raises(InputError, match=r"lm_head\.weight.*ties its head"):
         edit_folder(tied, [free], step, tmp_path / "out", lineage=STEP)
 
 
 # --- vocabularies -----------------------------------------------------------------------------------------------------
 def test_rows_meet_by_token_and_not_by_number(tmp_path):
-    base = tiny.make("llama")
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    base = tiny.jittered("llama")
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     tuned = tiny.near(base, 1)
     shuffled = tiny.near(base, 1)
     with torch.no_grad():
@@ -218,50 +218,50 @@ def longer(model, seed):
     other = tiny.near(model, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        other.resize_token_embeddings(51, mean_resizing=False)
+        other.resize_token_embeddings(67, mean_resizing=False)
     return other
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "qwen2_moe"])
 def test_three_new_tokens(family, tmp_path):
-    base = tiny.make(family)
+    base = tiny.jittered(family)
     tuned = longer(base, 1)
     words = [*WORDS, "new1", "new2", "new3"]
     folders = [tiny.save(base, tmp_path / "a", "20KB", WORDS), tiny.save(tuned, tmp_path / "b", "20KB", words)]
     embedding = next(n for n in names(base) if n.endswith(("embed_tokens.weight", "wte.weight")))
     # The model's vocabulary: the other's new rows have nowhere to go.
     out = edit_folder(folders[0], folders[1:], step, tmp_path / "0", lineage=STEP)
-    assert tiny.weights(out)[embedding].shape[0] == 48
+    assert tiny.weights(out)[embedding].shape[0] == 64
     # The other's vocabulary: the model's new rows start from zero.
     out = edit_folder(folders[0], folders[1:], step, tmp_path / "1", lineage=STEP, vocabulary_of=1)
     got, theirs = tiny.weights(out), tiny.weights(folders[1])
-    assert torch.allclose(got[embedding][48:], 0.3 * theirs[embedding][48:])
+    assert torch.allclose(got[embedding][64:], 0.3 * theirs[embedding][64:])
     config = json.loads((out / "config.json").read_text())
-    assert config["vocab_size"] == 51 and "new3" in (out / "tokenizer.json").read_text()
-    assert type(base).from_pretrained(out).get_input_embeddings().weight.shape[0] == 51
+    assert config["vocab_size"] == 67 and "new3" in (out / "tokenizer.json").read_text()
+    assert type(base).from_pretrained(out).get_input_embeddings().weight.shape[0] == 67
     maps = [{w: i for i, w in enumerate(side)} for side in (WORDS, words)]
     edited = edit_model(base, [tuned], step, vocabulary_of=1, vocabularies=maps)
     assert tiny.file_bytes(tiny.save(edited, tmp_path / "saved", "20KB")) == tiny.file_bytes(out)
-    assert edited.config.vocab_size == 51
+    assert edited.config.vocab_size == 67
     # Tokens that would be lost are named.
     with pytest.raises(InputError, match="new1"):
         edit_folder(folders[1], folders[:1], step, tmp_path / "2", lineage=STEP, vocabulary_of=1)
     out = edit_folder(folders[1], folders[:1], step, tmp_path / "2", lineage=STEP, vocabulary_of=1, missing="copy")
-    assert tiny.weights(out)[embedding].shape[0] == 48
+    assert tiny.weights(out)[embedding].shape[0] == 64
     # Rows that the other lacks are the model's own.
     out = edit_folder(folders[1], folders[:1], step, tmp_path / "3", lineage=STEP)
-    assert torch.equal(tiny.weights(out)[embedding][48:], theirs[embedding][48:])
+    assert torch.equal(tiny.weights(out)[embedding][64:], theirs[embedding][64:])
 
 
 def test_vocabularies_that_do_not_meet(tmp_path):
-    base = tiny.make("llama")
+    base = tiny.jittered("llama")
     plain = tiny.save(base, tmp_path / "plain")
     named = tiny.save(base, tmp_path / "named", "50GB", WORDS)
-    other = tiny.save(base, tmp_path / "other", "50GB", [f"x{i}" for i in range(48)])
+    other = tiny.save(base, tmp_path / "other", "50GB", [f"x{i}" for i in range(64)])
     wider = tiny.save(longer(base, 1), tmp_path / "wider")
     with pytest.raises(InputError, match="not of one family"):
         edit_folder(named, [other], step, tmp_path / "out", lineage=STEP)
-    with pytest.raises(InputError, match=r"48 rows.*51"):
+    with pytest.raises(InputError, match=r"64 rows.*67"):
         edit_folder(plain, [wider], step, tmp_path / "out", lineage=STEP)
     out = edit_folder(plain, [named], step, tmp_path / "out", lineage=STEP)
     assert "not checked" in json.loads((out / "lineage.json").read_text())["notes"]["vocabulary"]["named to plain"]
@@ -277,7 +277,7 @@ def test_padding_rows_meet_by_number(tmp_path):
 
 # --- vision-language models meet their language models --------------------------------------------------------------------
 def test_a_llama_meets_the_llama_inside_a_llava(tmp_path):
-    whole, text = tiny.make("llava", 0), tiny.make("llama", 1)
+    whole, text = tiny.jittered("llava", 0), tiny.jittered("llama", 1)
     folders = [tiny.save(whole, tmp_path / "vl"), tiny.save(text, tmp_path / "text")]
     out = tiny.weights(edit_folder(folders[0], folders[1:], step, tmp_path / "out", lineage=STEP))
     before, other = (tiny.weights(folder) for folder in folders)
@@ -330,9 +330,9 @@ def adapter(model, folder, seed, **settings):
     ids=["plain", "rank-stabilised", "head saved", "embedding", "transposed"],
 )
 def test_an_adapter_is_merged_as_it_is_read(family, settings, tmp_path):
-    base = tiny.make(family)
+    base = tiny.jittered(family)
     folder = tiny.save(base, tmp_path / "base")
-    wrapped = adapter(tiny.make(family), tmp_path / "lora", 1, **settings)
+    wrapped = adapter(tiny.jittered(family), tmp_path / "lora", 1, **settings)
     want = tiny.save(wrapped.merge_and_unload(), tmp_path / "merged")
     halves = edit_folder(folder, [tmp_path / "lora"], step, tmp_path / "1", lineage=STEP, base=folder)
     wanted = edit_folder(folder, [want], step, tmp_path / "2", lineage=STEP)
@@ -348,7 +348,7 @@ def test_an_adapter_is_merged_as_it_is_read(family, settings, tmp_path):
 
 @peft_tests
 def test_an_adapter_is_kept_an_adapter(tmp_path):
-    wrapped = [adapter(tiny.make("llama"), tmp_path / str(seed), seed) for seed in (1, 2)]
+    wrapped = [adapter(tiny.jittered("llama"), tmp_path / str(seed), seed) for seed in (1, 2)]
     out = edit(tmp_path / "1", [tmp_path / "2"], step, out=tmp_path / "out", lineage=STEP, adapters="keep")
     assert (out / "adapter_config.json").read_bytes() == (tmp_path / "1" / "adapter_config.json").read_bytes()
     assert names(wrapped[0]) == names(tmp_path / "1")
@@ -361,20 +361,20 @@ def test_an_adapter_is_kept_an_adapter(tmp_path):
 
 @peft_tests
 def test_adapters_that_do_not_fit(tmp_path):
-    adapter(tiny.make("llama"), tmp_path / "lora", 1)
-    folder = tiny.save(tiny.make("gpt2"), tmp_path / "gpt2")
+    adapter(tiny.jittered("llama"), tmp_path / "lora", 1)
+    folder = tiny.save(tiny.jittered("gpt2"), tmp_path / "gpt2")
     with pytest.raises(InputError, match="another base"):
         edit_folder(folder, [tmp_path / "lora"], step, tmp_path / "out", lineage=STEP, base=folder)
     with pytest.raises(InputError, match="Say where the base is"):
         edit_folder(folder, [tmp_path / "lora"], step, tmp_path / "out", lineage=STEP)
-    adapter(tiny.make("llama"), tmp_path / "dora", 1, use_dora=True)
-    base = tiny.save(tiny.make("llama"), tmp_path / "base")
+    adapter(tiny.jittered("llama"), tmp_path / "dora", 1, use_dora=True)
+    base = tiny.save(tiny.jittered("llama"), tmp_path / "base")
     with pytest.raises(InputError, match="no plain LoRA"):
         edit_folder(base, [tmp_path / "dora"], step, tmp_path / "out", lineage=STEP, base=base)
-    inside = tiny.make("llama")
+    inside = tiny.jittered("llama")
     adapter(inside, tmp_path / "again", 1)
     with pytest.raises(InputError, match="merge_and_unload"):
-        edit_model(inside, [tiny.make("llama")], step)
+        edit_model(inside, [tiny.jittered("llama")], step)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------------
@@ -422,18 +422,18 @@ def test_damaged_checkpoints(pair, tmp_path):
 
 
 def test_models_of_another_family(pair, tmp_path):
-    other = tiny.save(tiny.make("gpt2"), tmp_path / "gpt2")
+    other = tiny.save(tiny.jittered("gpt2"), tmp_path / "gpt2")
     refused(
         pair[0],
         other,
         tmp_path / "out",
         r"only in base \(19\): model.layers.0.*only in gpt2 \(27\): transformer.*a llama and a gpt2",
     )
-    bias = tiny.save(tiny.make("qwen2"), tmp_path / "qwen2")
+    bias = tiny.save(tiny.jittered("qwen2"), tmp_path / "qwen2")
     refused(bias, pair[0], tmp_path / "out", r"only in qwen2 \(6\): model.layers.0.self_attn.k_proj.bias")
     out = edit_folder(bias, [pair[0]], step, tmp_path / "allowed", lineage=STEP, missing="copy")
     assert len(json.loads((out / "lineage.json").read_text())["notes"]["missing"]["base"]["copied from the model"]) == 6
-    wide = tiny.MAKE["llama"]().config
+    wide = tiny.config("llama")
     wide.intermediate_size = 64
     import transformers
 
@@ -442,22 +442,22 @@ def test_models_of_another_family(pair, tmp_path):
 
 
 def test_numbers_that_are_not_finite(pair, tmp_path):
-    broken = tiny.near(tiny.make("llama"), 1)
+    broken = tiny.near(tiny.jittered("llama"), 1)
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight[3, 4:6] = torch.tensor([float("nan"), float("inf")])
     folder = tiny.save(broken, tmp_path / "broken")
     refused(pair[0], folder, tmp_path / "out", r"broken: model.layers.1.mlp.up_proj.weight has 2 entries of 1536")
-    model = tiny.make("llama")
+    model = tiny.jittered("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=r"up_proj\.weight has 2 entries"):
         edit_model(model, [broken], step)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    half = tiny.save(tiny.make("llama", dtype=torch.float16), tmp_path / "half")
+    half = tiny.save(tiny.jittered("llama", dtype=torch.float16), tmp_path / "half")
     refused(half, half, tmp_path / "out", "too large for float16", rule=lambda part, tensors: tensors[0] * 1e8)
 
 
 def test_logits_that_are_not_finite(tmp_path):
-    model = tiny.make("llama")
+    model = tiny.jittered("llama")
     folder = tiny.save(model, tmp_path / "a")
 
     def huge(part, tensors):
@@ -559,7 +559,7 @@ def test_one_writer_at_a_time(pair, tmp_path):
 
 
 def test_forms_are_not_mixed(pair, tmp_path):
-    model = tiny.make("llama")
+    model = tiny.jittered("llama")
     with pytest.raises(InputError, match="needs out"):
         edit(pair[0], [pair[1]], step, lineage=STEP)
     with pytest.raises(InputError, match="one sort"):
@@ -607,7 +607,7 @@ def test_thresholds_are_exact(share, monkeypatch):
 
 
 def test_gathered_experts_are_written_back(tmp_path):
-    model = tiny.make("mixtral")
+    model = tiny.jittered("mixtral")
     source = vectors_sources.Model(model)
     name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
     source.write(name, torch.full(source.tensors[name].shape, 7.0))

@@ -52,10 +52,10 @@ def test_equal_generators_build_equal_models_and_leave_torch_alone(pair):
 
 
 def test_a_tokenizer_without_the_mark_is_refused(pair):
-    from tests import tiny_models as tiny
+    from tests import tiny
 
     with pytest.raises(InputError, match="<image>"):
-        vision.build(pair[0], tiny.tokenizer(["<unk>", "a"]), rng=rng())
+        vision.build(pair[0], tiny.tokenizer(words=["<unk>", "a"], marks=False), rng=rng())
 
 
 def test_a_batch_gives_each_row_what_it_gets_alone(pair, vl):

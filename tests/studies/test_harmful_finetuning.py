@@ -11,7 +11,7 @@ from davylamp.core.errors import UnknownNameError
 from davylamp.core.nouns import Case, Message
 from davylamp.studies._finetuned import put_back, split_by_name
 from davylamp.studies.harmful_finetuning import drift, harmful_finetuning, perplexity
-from tests.models import tiny
+from tests import tiny
 
 TOK = tiny.tokenizer()
 ROWS = [Case(str(i), (Message("user", f"w{i} w3"), Message("assistant", "w5 w6"))) for i in range(3)]

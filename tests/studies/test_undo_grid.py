@@ -23,7 +23,7 @@ from davylamp.studies._undo_grid import (
     resistance,
     undo,
 )
-from tests.models import tiny
+from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 TOK = tiny.tokenizer()

@@ -17,7 +17,7 @@ from davylamp.report.figures import views  # noqa: E402
 from davylamp.studies import _vl_arms as made  # noqa: E402
 from davylamp.studies import _vl_layers as inside  # noqa: E402
 from davylamp.studies import vl_adaptation as study  # noqa: E402
-from tests import tiny_models as tiny  # noqa: E402
+from tests import tiny  # noqa: E402
 
 
 def scored(refusal, over_refusal, capability, task, n=100):
@@ -71,7 +71,7 @@ def test_the_front_holds_what_no_other_beats():
 
 # --- layers -----------------------------------------------------------------------------------------------------------------
 def test_divergence_against_numpy():
-    text = tiny.make("llama")
+    text = tiny.jittered("llama")
     adapted, safe = tiny.near(text, 1), None
     safe = tiny.near(adapted, 2)
     found = inside.divergence(text, adapted, safe)
@@ -97,7 +97,7 @@ def test_divergence_against_numpy():
 
 def test_one_direction_is_seen_as_one_and_its_way_back_as_a_conflict():
     """The control of the layer claim: a safety update along the adaptation must not pass for a divergence."""
-    text = tiny.make("llama")
+    text = tiny.jittered("llama")
     adapted = tiny.near(text, 1)
     further, back = copy.deepcopy(adapted), copy.deepcopy(adapted)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_one_direction_is_seen_as_one_and_its_way_back_as_a_conflict():
 
 
 def test_nothing_adapted_and_nothing_tuned_are_errors():
-    text = tiny.make("llama")
+    text = tiny.jittered("llama")
     adapted = tiny.near(text, 1)
     with pytest.raises(InputError, match="nothing was adapted"):
         inside.divergence(text, copy.deepcopy(text), adapted)

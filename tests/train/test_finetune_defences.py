@@ -15,7 +15,7 @@ from davylamp.core.nouns import Case, Message
 from davylamp.models.adapters import Lora, put_on
 from davylamp.models.fit import answer_loss, encode
 from davylamp.train.finetune_defences import _answer_places, _discrepancy, _outputs, ldifs, lisa, repnoise, vaccine
-from tests.models import tiny
+from tests import tiny
 
 TOK = tiny.tokenizer()
 

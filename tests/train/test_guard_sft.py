@@ -9,7 +9,7 @@ from davylamp.core.nouns import Case, Message
 from davylamp.data.guard_format import load_format
 from davylamp.data.guard_policy import load_policy
 from davylamp.train.guard_sft import guard_sft, lesson
-from tests.guards import tiny
+from tests import tiny
 
 AEGIS1 = load_format("aegis1")
 
@@ -67,18 +67,17 @@ def test_bad_options(options, message):
         guard_sft(None, [row(1, 1)], tokenizer=None, rng=np.random.default_rng(0), **options)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "Qwen2", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen2", "gpt_neox"])
 def test_every_architecture_learns_a_little(name):
     """LoRA on a tiny random model: the loss of the right answers falls, the tokenizer's own template is as it was."""
     from davylamp.models.fit import answer_loss, encode
 
-    more = {"initializer_range": 0.2} | ({"num_key_value_heads": 4} if name == "GPTNeoX" else {})
-    model, tokenizer, rng = tiny.causal(name, **more), tiny.tokenizer(), np.random.default_rng(0)
+    model, tokenizer, rng = tiny.guard(name, initializer_range=0.1), tiny.guard_tokenizer(), np.random.default_rng(0)
     rows = [
         row(i, i % 2, policy=[["weapon", "a weapon"]], violated=["custom/weapon"] if i % 2 else []) for i in range(8)
     ]
     lessons = [lesson(case, AEGIS1, load_policy("aegis"), np.random.default_rng(1)) for case in rows]
-    before_template, lr = tokenizer.chat_template, 5e-3 if name == "GPTNeoX" else 2e-2
+    before_template, lr = tokenizer.chat_template, 5e-3 if name == "gpt_neox" else 2e-2
     pairs, _ = encode(model, tokenizer, lessons, None)
 
     def loss(trained):

@@ -12,7 +12,7 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.nouns import Case, Message
 from davylamp.train import _unlearn_losses as losses
 from davylamp.train.unlearn import METHODS, _Plan, rmu_parts, unlearn, unlearn_logged
-from tests import tiny_models
+from tests import tiny
 
 RNG = np.random.default_rng(0)
 LOGITS, REF = (torch.tensor(RNG.normal(size=(3, 5, 7)), dtype=torch.float32) for _ in range(2))
@@ -131,9 +131,10 @@ def test_rmu_steers_to_c_u_and_stays_by_the_mean_over_width():
 
 
 def words():
-    made = tiny_models.tokenizer(
-        WORDS,
+    made = tiny.tokenizer(
         "{{ '<s> ' }}{% for m in messages %}{{ m['content'] + (' </s> ' if m['role'] == 'assistant' else ' w0 ') }}{% endfor %}",
+        WORDS,
+        marks=False,
     )
     made.pad_token, made.bos_token, made.eos_token = "<pad>", "<s>", "</s>"
     return made
@@ -157,7 +158,7 @@ def taught():
     """A tiny Llama that knows all the rows."""
     from davylamp.models.fit import fit
 
-    model = tiny_models.make("llama")
+    model = tiny.jittered("llama", vocab_size=len(WORDS))
     fit(model, rows(), tokenizer=words(), rng=np.random.default_rng(0), lr=1e-2, batch=16, steps=60, engine="light")
     return model
 
@@ -225,7 +226,7 @@ def test_lora(method, taught):
 
 def gemma3():
     return transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(**tiny_models.SIZES, head_dim=8, layer_types=["full_attention"] * 2)
+        transformers.Gemma3TextConfig(**tiny.SIZES, head_dim=8, layer_types=["full_attention"] * 2)
     )
 
 
@@ -235,7 +236,7 @@ FAMILIES = ["llama", "qwen2", "qwen3", "gpt2", "phi3", "gemma2", "gemma3", "mixt
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rmu_finds_its_layer_and_weights_in_every_family(family):
     """One module to steer; only down-projections move (a mixture's is one tensor of all experts)."""
-    model = gemma3().eval() if family == "gemma3" else tiny_models.make(family)
+    model = gemma3().eval() if family == "gemma3" else tiny.jittered(family)
     path, chosen = rmu_parts(model, _Plan("rmu", layer=1))
     assert path.endswith(".1") and len(chosen) >= 2
     expected = {n for n, _ in model.named_parameters() if ("mlp" in n) and ("down_proj" in n or "mlp.c_proj" in n)}
@@ -259,7 +260,7 @@ def test_rmu_finds_its_layer_and_weights_in_every_family(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_npo_runs_on_every_family(family):
-    model = gemma3().eval() if family == "gemma3" else tiny_models.make(family)
+    model = gemma3().eval() if family == "gemma3" else tiny.jittered(family)
     found = unlearn_logged(model, rows(), tokenizer=words(), rng=np.random.default_rng(0), lr=1e-4, steps=2, force=True)
     assert found.steps == 2 and math.isfinite(found.log[-1]["loss"])
 
@@ -315,7 +316,7 @@ def test_bad_rows(taught, capsys):
 
 def test_nothing_to_unlearn():
     """A model that never learnt the facts is refused, unless forced."""
-    model = tiny_models.make("llama", seed=4)
+    model = tiny.jittered("llama", seed=4)
     with pytest.raises(InputError, match="There is nothing to unlearn"):
         unlearn_logged(model, rows(), tokenizer=words(), rng=np.random.default_rng(0), steps=1)
 
