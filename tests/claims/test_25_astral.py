@@ -22,6 +22,7 @@ def test_coverage_is_counted():
 
 
 @pytest.mark.claims
+@pytest.mark.slow
 def test_fresh_news_find_more_and_frozen_news_do_not():
     held(_news(2, (0, 1, 2)))
 
