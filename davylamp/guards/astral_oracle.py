@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,8 @@ class AstralOracle:
         asked, why = question(self.rubric, messages, case), ""
         settings: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         for attempt in range(self.tries):
-            answer = await patiently(
-                lambda seed=self.seed * 1000 + attempt: self.target(asked, seed=seed, **settings),
-                who=f"oracle {self.target.name}",
-            )
+            ask = partial(self.target, asked, seed=self.seed * 1000 + attempt, **settings)
+            answer = await patiently(ask, who=f"oracle {self.target.name}")
             label, why = (
                 (None, "the oracle's answer was cut off") if answer.finish == "length" else read_safety(answer.text)
             )
