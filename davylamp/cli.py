@@ -30,7 +30,7 @@ FREE = {"ignore_unknown_options": True, "allow_extra_args": True}
 #: The help page, in the order of a day's work; a test holds it against the commands that there are.
 SECTIONS = {
     "Measure": ("check", "eval", "judge", "annotate", "ksafe", "study"),
-    "Attack": ("attack", "redteam"),
+    "Attack": ("attack", "redteam", "astral"),
     "Look inside": ("interp", "explain", "scan"),
     "Change": ("audit", "data", "train", "edit", "repair"),
     "Guard": ("guard", "serve"),
@@ -384,6 +384,7 @@ def _print(folder: Path, record: Record, as_json: bool) -> None:
 
 
 # The rest of the commands hang themselves on `main`, so they come last.
+import davylamp.cli_astral  # noqa: E402
 import davylamp.cli_attack  # noqa: E402
 import davylamp.cli_evidence  # noqa: E402
 import davylamp.cli_guard  # noqa: E402

@@ -195,7 +195,7 @@ def read_label(text: str, rubric: Rubric) -> tuple[str | None, str]:
         if reasons := re.findall(r"<reasoning>([^<]*)</reasoning>", text, re.IGNORECASE):
             why = reasons[-1]
     elif "{" in text:
-        objects, rest = _objects(text)
+        objects, rest = objects_in(text, "label")
         objects = [item for item in objects if "label" in item]
         found = [item["label"] for item in objects]
         if found and re.search(r"label\W{0,3}[:=]", rest, re.IGNORECASE):
@@ -219,9 +219,16 @@ def read_label(text: str, rubric: Rubric) -> tuple[str | None, str]:
     return label, " ".join(why.split())[:300]
 
 
-def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
-    """The outermost JSON objects that stand anywhere in a text, in order, and the text around them."""
-    decoder, out, rest, done, at = json.JSONDecoder(object_pairs_hook=_once), [], "", 0, text.find("{")
+def objects_in(text: str, key: str) -> tuple[list[dict[str, Any]], str]:
+    """The outermost JSON objects that stand anywhere in a text, in order, and the text around them; `key` is None where it stands twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if sum(name == key for name, _ in pairs) > 1:
+            out[key] = None
+        return out
+
+    decoder, out, rest, done, at = json.JSONDecoder(object_pairs_hook=once), [], "", 0, text.find("{")
     while at >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -232,14 +239,6 @@ def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
             rest, done = rest + text[done:at], end
         at = text.find("{", end)
     return out, rest + text[done:]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, with `label` None where it stands in it twice."""
-    out = dict(pairs)
-    if sum(name == "label" for name, _ in pairs) > 1:
-        out["label"] = None
-    return out
 
 
 def _plain(label: str | float) -> str:
