@@ -19,11 +19,11 @@ def made_up(seed, **changes):
     shares = {
         "base": {},
         "oracle": {"forget": 0.0, "relearning": 0.0},
-        "idk": {"forget": 0.0, "safety": 0.1},
+        "idk": {"forget": 0.0},
         "idk, refusals kept": {"forget": 0.0},
         "grad_diff, stopped": {"forget": 0.0, "relearning": 0.5},
         "grad_diff, 60 strong steps": {"forget": 0.0, "neighbour": 0.1, "relearning": 0.2},
-        "grad_diff, 150 strong steps": {"forget": 0.0, "neighbour": 0.1, "relearning": 0.1},
+        "grad_diff, 150 strong steps": {"forget": 0.0, "neighbour": 0.1, "relearning": 0.1, "safety": 0.2},
         "simnpo on other facts": {"forget": 0.9},
         "grad_diff on other facts": {"forget": 0.5, "retain": 0.5},
     }
@@ -48,14 +48,14 @@ def claims(**changes):
 
 def test_all_claims_hold_where_all_is_as_claimed():
     found = claims()
-    assert len(found) == 11 and set(found.values()) == {True}
+    assert len(found) == 10 and set(found.values()) == {True}
 
 
 @pytest.mark.parametrize(
     ("changes", "broken"),
     [
-        ({"idk": {"safety": 1.0}}, "refused: idk - base <= -0.3"),
-        ({"idk_refusals_kept": {"safety": 0.5}}, "refused: idk, refusals kept >= 0.8"),
+        ({"grad_diff_150_strong_steps": {"safety": 1.0}}, "refused: grad_diff, 150 strong steps - base <= -0.3"),
+        ({"grad_diff_stopped": {"safety": 0.5}}, "refused: grad_diff, stopped - base >= -0.1"),
         ({"oracle": {"relearning": 0.5}}, "V known after relearning: grad_diff, stopped - oracle >= 0.1"),
         ({"grad_diff_60_strong_steps": {"neighbour": 1.0}}, "neighbour: grad_diff, 60 strong steps - base <= -0.5"),
         ({"simnpo_on_other_facts": {"forget": 0.3}}, "forget: simnpo on other facts >= 0.5"),
