@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from davylamp.core import InputError
-from davylamp.guards._lamp_text import BUCKETS, LONGEST, WINDOW, Reading, buckets, windows
+from davylamp.guards._lamp_text import BUCKETS, WINDOW, Reading, buckets, windows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +38,8 @@ HAZARDS = (
     "x/X6",
     "x/X8",
 )
-ONES = np.ones(8 * LONGEST, dtype=np.float32)  # more than a text of LONGEST characters has features
+PART = 512
+ONES = np.ones(PART, dtype=np.float32)
 KEPT = 256  # contexts whose vectors are kept, of at most 360 characters each
 SHAPES = ("table", "step", "w1", "b1", "w2", "b2")
 
@@ -67,8 +68,12 @@ class HashHead:
 
     def _mean(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         # Whole numbers up to 127: their sum is exact in float32 in any order, and a product with ones is the fastest sum there is.
+        # In parts so small that no BLAS parts them among threads.
         n = len(rows)
-        return np.dot(ONES[:n], rows) * (self.step / n**0.5 if n else 0.0)
+        summed = np.dot(ONES[:n], rows[:PART])
+        for at in range(PART, n, PART):
+            summed += np.dot(ONES[: n - at], rows[at : at + PART])
+        return summed * (self.step / n**0.5 if n else 0.0)
 
     def score(self, reading: Reading) -> NDArray[np.float32]:
         """(1 + hazards,) logits; those of the window that looks most unsafe."""

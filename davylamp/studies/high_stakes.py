@@ -32,12 +32,12 @@ WEIGHT = 3.0  # of added rows
 PLACES = 2  # words that an attack considers at a time
 SIZES: dict[str, dict[str, int]] = {
     "quick": {
-        "base": 1000,
-        "held": 400,
-        "test": 800,
+        "base": 2000,
+        "held": 600,
+        "test": 1500,
         "rounds": 2,
         "attacks": 40,
-        "starts": 24,
+        "starts": 60,
         "budget": 24,
         "order": 60,
     },
@@ -69,8 +69,8 @@ def high_stakes_training(
     """Adversarial training against word swaps, measured by questions to an oracle until a story that fails passes the classifier.
 
     Arms: base (no round); one round; all rounds; as many extra ordinary stories instead of what was found (control); what was found, with
-    shuffled labels (control). All are attacked from the same stories with the same budget at an equal pass rate. Costs are compared as
-    log2 of (questions + 1), where an attack that did not succeed counts its whole budget: the true gain is at least as large.
+    labels drawn by chance (control). All are attacked from the same stories with the same budget at an equal pass rate. Costs are compared
+    as log2 of (questions + 1), where an attack that did not succeed counts its whole budget: the true gain is at least as large.
     """
     if not seeds:
         raise InputError("a study needs one or more seeds, got none")
@@ -155,9 +155,10 @@ def _one(seed: int, plan: dict[str, int], starts: list[Snippet]) -> dict[str, _A
         now = _Arm(base, added, held, test, seed)
         arms["one round" if number == 0 else "all rounds"] = now
     arms["extra ordinary stories"] = _Arm(base, _stories(rng, len(added)), held, test, seed)
-    labels = rng.permutation([item.label for item in added]).tolist()
+    # What was found fails its task almost without exception, so that its own labels could be shuffled without any change.
+    labels = rng.choice([item.label for item in base], size=len(added)).tolist()
     mixed = [replace(item, label=label) for item, label in zip(added, labels, strict=True)]
-    arms["shuffled labels"] = _Arm(base, mixed, held, test, seed)
+    arms["labels by chance"] = _Arm(base, mixed, held, test, seed)
     insert = proposals_of("roles", inserting=True)
     for name, arm in arms.items():
         if name != "base":
@@ -204,7 +205,7 @@ def _claims(found: list[dict[str, _Arm]], plan: dict[str, int], rng: Generator) 
     out: list[Observed] = [
         (Claim(what, gain, "base", at_least=1.0), against(gain, "base")),
         (Claim(what, "extra ordinary stories", "base", at_most=0.585, control=True), against("extra ordinary stories", "base")),
-        (Claim(what, "shuffled labels", "base", at_most=0.585, control=True), against("shuffled labels", "base")),
+        (Claim(what, "labels by chance", "base", at_most=0.585, control=True), against("labels by chance", "base")),
         (Claim("attack_success", gain, "base", at_most=-0.25), success(gain, "base")),
         (Claim("auroc", gain, "base", at_least=-0.005), areas(gain, "base")),
         (Claim("false_negatives_at_equal_pass_rate", gain, "base", at_most=0.01), misses(gain, "base")),
@@ -213,7 +214,7 @@ def _claims(found: list[dict[str, _Arm]], plan: dict[str, int], rng: Generator) 
          against("base", "base", "by random-gradient", "by random", n=whole)),
     ]  # fmt: skip
     out.append((None, replace(against("one round", "base"), name=what, arm="one round - base")))
-    out.append((None, replace(areas("shuffled labels", "base"), name="auroc", arm="shuffled labels - base")))
+    out.append((None, replace(areas("labels by chance", "base"), name="auroc", arm="labels by chance - base")))
     transfer = against(gain, "base", "insertions", "insertions")
     out.append((None, replace(transfer, name=what, arm="insertions (not trained on): all rounds - base")))
     trained = against(gain, "base")
