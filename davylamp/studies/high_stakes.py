@@ -20,7 +20,7 @@ from davylamp.core.registry import study
 from davylamp.core.stats import mean_t, rate
 from davylamp.data.fragile_stories import breaks, fragile_stories
 from davylamp.metrics.detection import roc_auc
-from davylamp.metrics.thresholds import conservative_threshold, exact_rate, log_rank, median_cost, pass_threshold
+from davylamp.metrics.thresholds import exact_rate, log_rank, median_cost, pass_threshold
 from davylamp.models.classifier import PairClassifier, tiny
 from davylamp.models.swaps import Search, proposals_of, search
 from davylamp.models.verdict import crossed_bootstrap
@@ -201,18 +201,18 @@ def _claims(found: list[dict[str, _Arm]], plan: dict[str, int], rng: Generator) 
         return replace(mean_t(values, unit="difference"), higher_is_better=True)
 
     what, gain = "log2(questions + 1)", "all rounds"
-    whole = plan["order"]
     out: list[Observed] = [
         (Claim(what, gain, "base", at_least=1.0), against(gain, "base")),
+        (Claim(what, gain, "extra ordinary stories", at_least=1.0), against(gain, "extra ordinary stories")),
         (Claim(what, "extra ordinary stories", "base", at_most=0.585, control=True), against("extra ordinary stories", "base")),
         (Claim(what, "labels by chance", "base", at_most=0.585, control=True), against("labels by chance", "base")),
         (Claim("attack_success", gain, "base", at_most=-0.25), success(gain, "base")),
-        (Claim("auroc", gain, "base", at_least=-0.005), areas(gain, "base")),
+        (Claim("auroc", gain, "base", at_least=-0.02), areas(gain, "base")),
         (Claim("false_negatives_at_equal_pass_rate", gain, "base", at_most=0.01), misses(gain, "base")),
-        (Claim(what, "base, by saliency", "by chance", at_most=-0.322), against("base", "base", "by saliency", "by random", n=whole)),
-        (Claim(what, "base, by random gradients", "by chance", at_least=-0.25, at_most=0.25, control=True),
-         against("base", "base", "by random-gradient", "by random", n=whole)),
     ]  # fmt: skip
+    for order in ("saliency", "random-gradient"):
+        shown = against("base", "base", f"by {order}", "by random", n=plan["order"])
+        out.append((None, replace(shown, name=what, arm=f"base, words by {order} - by chance")))
     out.append((None, replace(against("one round", "base"), name=what, arm="one round - base")))
     out.append((None, replace(areas("labels by chance", "base"), name="auroc", arm="labels by chance - base")))
     transfer = against(gain, "base", "insertions", "insertions")
@@ -230,7 +230,7 @@ def _claims(found: list[dict[str, _Arm]], plan: dict[str, int], rng: Generator) 
 
 
 def _shown(found: list[dict[str, _Arm]], plan: dict[str, int]) -> list[Observed]:
-    """The table by arm: success within the budget, median cost (censored), errors on ordinary stories, and a conservative threshold."""
+    """The table by arm: success within the budget, median cost (censored), errors on ordinary stories."""
     out: list[Observed] = []
     for name in found[0]:
         arms = [one[name] for one in found]
@@ -269,9 +269,3 @@ def _shown(found: list[dict[str, _Arm]], plan: dict[str, int]) -> list[Observed]
             )
         )
     return out
-
-
-def bounded(classifier: PairClassifier, rows: list[Snippet], *, failure: float) -> dict[str, Any]:
-    """The conservative threshold of a classifier on fresh rows, and what it costs: see `conservative_threshold`."""
-    scores = classifier.scores([item.pair for item in rows]).tolist()
-    return conservative_threshold([item.label for item in rows], scores, failure=failure)
