@@ -59,7 +59,9 @@ def measured_sets(folder: Path) -> dict[str, list[Case]]:
         "OpenAI moderation": kept(load_rows(f"openai_moderation:{folder / 'openai_moderation' / 'samples.jsonl'}"))[0],
         "CyberSecEval harmless": harmless,
         "docstrings": docstrings(),
-        "own contrast pairs": [contrast_case(json.loads(line)) for line in ours.read_text(encoding="utf-8").splitlines()],
+        "own contrast pairs": [
+            contrast_case(json.loads(line)) for line in ours.read_text(encoding="utf-8").splitlines()
+        ],
         "held-out groups": [case for case in both if bucket(str(case.group or case.id), PARTS) == 0],
     }
 
@@ -70,7 +72,7 @@ def contrast_case(row: dict[str, str]) -> Case:
 
 
 def docstrings(count: int = 1000) -> list[Case]:
-    """Plain technical prose that nobody wrote for a guard: first paragraphs of docstrings of Python's standard library, 25 to 300 characters."""
+    """Plain technical prose that nobody wrote for a guard: first paragraphs in Python's standard library, of 25 to 300 characters."""
     found: dict[str, str] = {}
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
