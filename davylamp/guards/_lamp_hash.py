@@ -40,7 +40,7 @@ HAZARDS = (
 )
 PART = 512
 ONES = np.ones(PART, dtype=np.float32)
-KEPT = 256  # contexts whose vectors are kept, of at most 360 characters each
+KEPT = 256  # contexts whose vectors are kept, of at most 400 characters each
 SHAPES = ("table", "step", "w1", "b1", "w2", "b2")
 
 
