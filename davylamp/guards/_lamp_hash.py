@@ -54,7 +54,6 @@ class HashHead:
         if self.table.dtype != np.int8 or self.table.ndim != 2 or len(self.table) != BUCKETS:
             raise InputError(f"the hashed head's table must be int8 of {BUCKETS} rows, got {self.table.shape}")
         self.step = float(arrays["step"])
-        self._whole = self.table.astype(np.float32)
         self._before = lru_cache(KEPT)(self._context)  # a request is read once for each window of its reply
         self.w1, self.b1 = arrays["w1"].astype(np.float32), arrays["b1"].astype(np.float32)
         self.w2, self.b2 = arrays["w2"].astype(np.float32), arrays["b2"].astype(np.float32)
@@ -64,7 +63,11 @@ class HashHead:
 
     def vector(self, keys: NDArray[np.intp]) -> NDArray[np.float32]:
         """Sum of the feature vectors over the square root of their number."""
-        return self._mean(self._whole.take(keys, axis=0))
+        return self._mean(self._rows(keys))
+
+    def _rows(self, keys: NDArray[np.intp]) -> NDArray[np.float32]:
+        # Gathered as int8 and then widened: a table of floats would not stay in a core's cache.
+        return self.table.take(keys, axis=0).astype(np.float32)
 
     def _mean(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         # Whole numbers up to 127: their sum is exact in float32 in any order, and a product with ones is the fastest sum there is.
@@ -84,7 +87,7 @@ class HashHead:
         best: NDArray[np.float32] | None = None
         for piece in windows(reading.text):
             keys, n = buckets(piece)
-            rows = self._whole.take(keys, axis=0)
+            rows = self._rows(keys)
             seen[:wide], seen[wide : 2 * wide] = self._mean(rows[:n]), self._mean(rows[n:])
             hidden = self.w1.dot(seen)
             hidden += self.b1

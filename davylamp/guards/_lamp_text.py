@@ -250,7 +250,7 @@ def buckets(text: str, *, context: bool = False, grams: bool = True) -> tuple[ND
     prefix = np.empty(n + 1, dtype=np.uint64)
     prefix[0] = 0
     np.multiply(codes, UP[:n], out=prefix[1:])
-    np.cumsum(prefix[1:], out=prefix[1:])
+    np.add.accumulate(prefix[1:], out=prefix[1:])
     spaces = (codes == 32).nonzero()[0]
     start = spaces[:-1] + 1
     w, wide = start.size, _NONE
@@ -296,14 +296,14 @@ class _Spans:
 
     def __init__(self, lengths: tuple[int, ...], most: int):
         every = [(end - length, end) for end in range(most + 1) for length in lengths if length <= end]
-        self.lengths = lengths
+        self._sizes = [sum(max(0, last + 1 - length) for length in lengths) for last in range(most + 1)]
         self.start = np.array([start for start, _ in every], dtype=np.intp)
         self.end = np.array([end for _, end in every], dtype=np.intp)
         self.down, self.size = DOWN[self.start], (self.end - self.start).astype(np.uint64)
 
     def size_of(self, last: int) -> int:
         """How many of them end at `last` or before."""
-        return sum(max(0, last + 1 - length) for length in self.lengths)
+        return self._sizes[last]
 
 
 _NONE = np.empty(0, dtype=np.intp)
