@@ -42,8 +42,8 @@ organisms: $(VENV)/models.done ## train the built-in models again from scratch (
 lamp: $(VENV)/dev.done  ## train the embedded guard again and write its card: make lamp DATA=FOLDER FORTUNES=FOLDER (about 15 minutes)
 	@test -d "$(DATA)" -a -d "$(FORTUNES)" || { echo "lamp needs DATA=, the folder of public rows, and FORTUNES=, that of Debian's fortunes (docs/guards.md)"; exit 2; }
 	rm -rf dist/lamp
-	$(BIN)/davylamp guard train lamp --only hashed --rows own --rows public:$(DATA) --rows fortunes:$(FORTUNES)\#6000 --out dist/lamp/hashed --runs dist/runs
-	$(BIN)/davylamp guard train lamp --only encoder --rows own --rows public:$(DATA) --rows fortunes:$(FORTUNES)\#2000 --out dist/lamp/encoder --runs dist/runs
+	$(BIN)/davylamp guard train lamp --only hashed --held davylamp/assets/overrefusal/rows.jsonl --rows own --rows public:$(DATA) --rows fortunes:$(FORTUNES)\#6000 --out dist/lamp/hashed --runs dist/runs
+	$(BIN)/davylamp guard train lamp --only encoder --held davylamp/assets/overrefusal/rows.jsonl --rows own --rows public:$(DATA) --rows fortunes:$(FORTUNES)\#3000 --out dist/lamp/encoder --runs dist/runs
 	cp dist/lamp/hashed/hashed.npz dist/lamp/encoder/minilm.npz davylamp/assets/lamp/
 	$(BIN)/python -m davylamp.guards._lamp_card $(DATA)
 

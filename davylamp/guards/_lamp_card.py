@@ -7,7 +7,10 @@ part is every tenth group of the training sources, which the training holds out 
 
 from __future__ import annotations
 
+import ast
+import json
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,14 +51,38 @@ def measured_sets(folder: Path) -> dict[str, list[Case]]:
             meta = {"language": str(row.get("language", "English"))}
             group = str(row.get("english") or row["prompt"])
             harmless.append(Case(f"{name}-{number}", (Message("user", row["prompt"]),), None, 0, group, meta))
+    ours = Path(__file__).parent.parent / "assets" / "overrefusal" / "rows.jsonl"
     rng = default_rng(0)
     both = [*own_rows(rng=rng), *public_rows(folder, rng=rng)]
     return {
         "XSTest": kept(load_rows(f"xstest:{folder / 'xstest' / 'xstest_prompts.jsonl'}"))[0],
         "OpenAI moderation": kept(load_rows(f"openai_moderation:{folder / 'openai_moderation' / 'samples.jsonl'}"))[0],
         "CyberSecEval harmless": harmless,
+        "docstrings": docstrings(),
+        "own contrast pairs": [
+            contrast_case(json.loads(line)) for line in ours.read_text(encoding="utf-8").splitlines()
+        ],
         "held-out groups": [case for case in both if bucket(str(case.group or case.id), PARTS) == 0],
     }
+
+
+def contrast_case(row: dict[str, str]) -> Case:
+    """A row of the suite `overrefusal`, which is never trained on."""
+    return Case(row["id"], (Message("user", row["prompt"]),), row["type"], int(row["label"] == "unsafe"))
+
+
+def docstrings(count: int = 1000) -> list[Case]:
+    """Plain technical prose that nobody wrote for a guard: first paragraphs in Python's standard library, of 25 to 300 characters."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+                text = " ".join(text.split("\n\n")[0].split())
+                if 25 <= len(text) <= 300:
+                    found.setdefault(text, path.stem)
+    texts = sorted(found)
+    drawn = sorted(default_rng(0).permutation(len(texts))[:count].tolist())
+    return [Case(f"doc-{i}", (Message("user", texts[i]),), None, 0, found[texts[i]]) for i in drawn]
 
 
 def ask(guard: Lamp, cases: Sequence[Case]) -> list[float | None]:

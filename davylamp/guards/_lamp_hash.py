@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from davylamp.core import InputError
-from davylamp.guards._lamp_text import BUCKETS, WINDOW, Reading, features, windows
+from davylamp.guards._lamp_text import BUCKETS, WINDOW, Reading, buckets, windows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +38,9 @@ HAZARDS = (
     "x/X6",
     "x/X8",
 )
+PART = 512
+ONES = np.ones(PART, dtype=np.float32)
+KEPT = 256  # contexts whose vectors are kept, of at most 400 characters each
 SHAPES = ("table", "step", "w1", "b1", "w2", "b2")
 
 
@@ -50,6 +54,7 @@ class HashHead:
         if self.table.dtype != np.int8 or self.table.ndim != 2 or len(self.table) != BUCKETS:
             raise InputError(f"the hashed head's table must be int8 of {BUCKETS} rows, got {self.table.shape}")
         self.step = float(arrays["step"])
+        self._before = lru_cache(KEPT)(self._context)  # a request is read once for each window of its reply
         self.w1, self.b1 = arrays["w1"].astype(np.float32), arrays["b1"].astype(np.float32)
         self.w2, self.b2 = arrays["w2"].astype(np.float32), arrays["b2"].astype(np.float32)
         wide = 3 * self.table.shape[1]
@@ -58,23 +63,43 @@ class HashHead:
 
     def vector(self, keys: NDArray[np.intp]) -> NDArray[np.float32]:
         """Sum of the feature vectors over the square root of their number."""
-        if not keys.size:
-            return np.zeros(self.table.shape[1], dtype=np.float32)
-        summed = self.table.take(keys, axis=0).sum(axis=0, dtype=np.int32)
-        return summed.astype(np.float32) * np.float32(self.step / keys.size**0.5)
+        return self._mean(self._rows(keys))
+
+    def _rows(self, keys: NDArray[np.intp]) -> NDArray[np.float32]:
+        # Gathered as int8 and then widened: a table of floats would not stay in a core's cache.
+        return self.table.take(keys, axis=0).astype(np.float32)
+
+    def _mean(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        # Whole numbers up to 127: their sum is exact in float32 in any order, and a product with ones is the fastest sum there is.
+        # In parts so small that no BLAS parts them among threads.
+        n = len(rows)
+        summed = np.dot(ONES[:n], rows[:PART])
+        for at in range(PART, n, PART):
+            summed += np.dot(ONES[: n - at], rows[at : at + PART])
+        return summed * (self.step / n**0.5 if n else 0.0)
 
     def score(self, reading: Reading) -> NDArray[np.float32]:
         """(1 + hazards,) logits; those of the window that looks most unsafe."""
-        before = self.vector(features(reading.context[-WINDOW:], context=True)[0])
+        wide = self.table.shape[1]
+        seen = np.zeros(3 * wide, dtype=np.float32)
+        if reading.context:
+            seen[2 * wide :] = self._before(reading.context[-WINDOW:])
         best: NDArray[np.float32] | None = None
         for piece in windows(reading.text):
-            words, grams = features(piece)
-            seen = np.concatenate((self.vector(words), self.vector(grams), before))
-            out = self.w2 @ np.maximum(self.w1 @ seen + self.b1, 0) + self.b2
+            keys, n = buckets(piece)
+            rows = self._rows(keys)
+            seen[:wide], seen[wide : 2 * wide] = self._mean(rows[:n]), self._mean(rows[n:])
+            hidden = self.w1.dot(seen)
+            hidden += self.b1
+            out = self.w2.dot(np.maximum(hidden, 0, out=hidden))
+            out += self.b2
             if best is None or out[0] > best[0]:
                 best = out
         assert best is not None
         return best
+
+    def _context(self, text: str) -> NDArray[np.float32]:
+        return self.vector(buckets(text, context=True, grams=False)[0])
 
 
 def read_weights(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,7 +33,9 @@ WIDE = re.compile(r" {2,}")  # between letters set apart, where a word ends
 GAP = re.compile(r"[ ._*\-/|]")
 LEET = re.compile(r"\b(?=[a-z@$0134578]*[a-z])(?=[a-z@$0134578]*[@$0134578])[a-z@$0134578]{2,}\b")
 LEETS = ("@4310$57", "aaeiosst")  # 8 stays: it is b as often as eight
+BESIDE = re.compile(r"[@$0134578](?:(?=[a-z])|(?<=[a-z].))")  # what a word for LEET must hold
 STRETCHED = re.compile(r"([a-z])\1{2,}")
+TRIPLES = tuple(3 * letter for letter in "abcdefghijklmnopqrstuvwxyz")
 WORD = re.compile(r"[^\W_]+")
 
 POINTERS = frozenset(
@@ -45,7 +47,7 @@ BITS = 16
 BUCKETS = 1 << BITS
 PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
 LONGEST = 1024  # characters of which features are made at a time
-WINDOW = 360  # characters of a window of the hashed head
+WINDOW = 400  # characters of a window of the hashed head: those of a window of the gateway
 OVERLAP = 100
 GRAMS = (3, 4, 5)
 REACH = 4  # words apart that a pair may be
@@ -87,11 +89,19 @@ def normalise(text: str) -> str:
             text = _latin(text)
     else:
         text = text.lower()
-    if SPACED.search(text):
+    # Most texts have none of what follows. What tells so is cheaper than the expressions themselves.
+    if not text.isascii() or [*map(len, text.translate(BLANK).split())].count(1) > 3:
         text = SPACED.sub(_joined, text)
-    if LEET.search(text):
+    if BESIDE.search(text):
         text = LEET.sub(_spelt, text)
-    return STRETCHED.sub(r"\1\1", text)
+    for triple in TRIPLES:
+        if triple in text:
+            return STRETCHED.sub(r"\1\1", text)
+    return text
+
+
+_kept = lru_cache(256)(normalise)  # a request is read when it comes and again with each window of its reply
+KEPT_LENGTH = 2000  # characters up to which it is remembered
 
 
 class Reading(NamedTuple):
@@ -108,14 +118,19 @@ def reading(messages: Sequence[Message]) -> Reading:
     >>> reading([Message("user", "Bees?"), Message("assistant", "Yes?"), Message("user", "How do I keep THEM?")])
     Reading(text='how do i keep them?', context='bees?')
     """
-    text = normalise(messages[-1].text)
+    last = messages[-1]
+    text = _read_once(last.text) if last.role == "user" else normalise(last.text)
     asked = [message.text for message in messages[:-1] if message.role == "user" and message.text.strip()]
-    if not asked or (messages[-1].role != "assistant" and not points_back(text)):
+    if not asked or (last.role != "assistant" and not points_back(text)):
         return Reading(text)
-    earlier = [normalise(said) for said in asked[-4:]]
-    if messages[-1].role == "assistant":
-        return Reading(text, earlier[-1])
+    if last.role == "assistant":
+        return Reading(text, _read_once(asked[-1]))
+    earlier = [_read_once(said) for said in asked[-4:]]
     return Reading(text, next((said for said in reversed(earlier) if not points_back(said)), earlier[-1]))
+
+
+def _read_once(said: str) -> str:
+    return normalise(said) if len(said) > KEPT_LENGTH else _kept(said)
 
 
 def points_back(text: str) -> bool:
@@ -211,35 +226,88 @@ def features(text: str, *, context: bool = False) -> tuple[NDArray[np.intp], NDA
     them; also single characters and pairs in scripts written without spaces. One entry for each occurrence. A gram's hash is a polynomial
     over code points modulo 2**64, taken from prefix sums.
     """
-    words = WORD.findall(text[:LONGEST])
+    keys, n = buckets(text, context=context)
+    return keys[:n], keys[n:]
+
+
+def buckets(text: str, *, context: bool = False, grams: bool = True) -> tuple[NDArray[np.intp], int]:
+    """All features of a text in one array, those of words first, and how many these are. grams: with those of characters.
+
+    A gateway pays this for each message, so that calls of numpy are few: where grams and pairs lie was written down once, in the order of
+    their ends, and a text of any length reads the first part of these lists.
+    """
+    text = text[:LONGEST]
+    words = text.translate(BLANK).split() if (plain := text.isascii()) else WORD.findall(text)
     if not words:
-        return _NONE, _NONE
+        return _NONE, 0
     line = f" {' '.join(words)} "[:LONGEST]
-    codes = np.frombuffer(line.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    codes = (
+        np.frombuffer(line.encode("ascii"), dtype=np.uint8)
+        if plain
+        else np.frombuffer(line.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    )
     n = codes.size
     prefix = np.empty(n + 1, dtype=np.uint64)
     prefix[0] = 0
-    np.cumsum(codes * UP[:n], out=prefix[1:])
-    grams = [(prefix[size:] - prefix[:-size]) * DOWN[: n + 1 - size] + np.uint64(size) for size in GRAMS if n >= size]
-    if not line.isascii():
+    np.multiply(codes, UP[:n], out=prefix[1:])
+    np.add.accumulate(prefix[1:], out=prefix[1:])
+    spaces = (codes == 32).nonzero()[0]
+    start = spaces[:-1] + 1
+    w, wide = start.size, _NONE
+    pairs = NEAR.size_of(w - 1) if w else 0
+    found = GRAM.size_of(n) if grams else 0
+    if grams and not plain:
         wide = np.flatnonzero(codes[:-1] >= 0x0E00)  # Thai and what comes after it in the code charts
-        grams += [codes[wide] * PRIME, (prefix[wide + 2] - prefix[wide]) * DOWN[wide] + np.uint64(2)]
-    spaces = np.flatnonzero(codes == 32)
-    start, end = spaces[:-1] + 1, spaces[1:]
-    word = (prefix[end] - prefix[start]) * DOWN[start] * _SIDES[0]
-    parts = [word, word[:-1] * _SIDES[1] + word[1:] * _SIDES[2]]
-    parts += [(word[:-reach] + word[reach:]) * _SIDES[3] for reach in range(1, min(REACH, word.size - 1) + 1)]
-    return _buckets(parts, context), _buckets(grams, context)
+    here = max(0, 2 * w - 1) + pairs
+    keys = np.empty(here + found + 2 * wide.size, dtype=np.uint64)
+    word = keys[:w]
+    np.subtract(prefix.take(spaces[1:]), prefix.take(start), out=word)
+    word *= DOWN.take(start)
+    word *= _SIDES[0]
+    if w > 1:
+        np.add(word[:-1] * _SIDES[1], word[1:] * _SIDES[2], out=keys[w : 2 * w - 1])
+        near = keys[2 * w - 1 : here]
+        np.add(word.take(NEAR.start[:pairs]), word.take(NEAR.end[:pairs]), out=near)
+        near *= _SIDES[3]
+    if found:
+        part = keys[here : here + found]
+        np.subtract(prefix.take(GRAM.end[:found]), prefix.take(GRAM.start[:found]), out=part)
+        part *= GRAM.down[:found]
+        part += GRAM.size[:found]
+    if wide.size:
+        one, two = keys[here + found : here + found + wide.size], keys[here + found + wide.size :]
+        np.multiply(codes[wide], PRIME, out=one)
+        np.subtract(prefix.take(wide + 2), prefix.take(wide), out=two)
+        two *= DOWN.take(wide)
+        two += np.uint64(2)
+    if context:
+        keys *= _SIDES[1]
+    keys ^= keys >> MIX
+    keys *= _SIDES[0]
+    keys >>= CUT
+    return keys.view(np.intp), here
+
+
+class _Spans:
+    """Spans of given lengths over positions 0 to `most`, in the order of their ends: those of a shorter row are the first ones.
+
+    down: the power of the inverse prime at each start.  size: the span's length.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], most: int):
+        every = [(end - length, end) for end in range(most + 1) for length in lengths if length <= end]
+        self._sizes = [sum(max(0, last + 1 - length) for length in lengths) for last in range(most + 1)]
+        self.start = np.array([start for start, _ in every], dtype=np.intp)
+        self.end = np.array([end for _, end in every], dtype=np.intp)
+        self.down, self.size = DOWN[self.start], (self.end - self.start).astype(np.uint64)
+
+    def size_of(self, last: int) -> int:
+        """How many of them end at `last` or before."""
+        return self._sizes[last]
 
 
 _NONE = np.empty(0, dtype=np.intp)
-
-
-def _buckets(parts: list[NDArray[np.uint64]], context: bool) -> NDArray[np.intp]:
-    """Mixed and cut down to BITS bits."""
-    keys = np.concatenate(parts)
-    if context:
-        keys *= _SIDES[1]
-    keys ^= keys >> np.uint64(29)
-    keys *= _SIDES[0]
-    return (keys >> np.uint64(64 - BITS)).astype(np.intp)
+MIX, CUT = np.uint64(29), np.uint64(64 - BITS)  # a key is mixed and cut down to BITS bits
+BLANK = str.maketrans({code: " " for code in range(128) if not chr(code).isalnum()})
+GRAM = _Spans(GRAMS, LONGEST)
+NEAR = _Spans(tuple(range(1, REACH + 1)), LONGEST // 2)

@@ -316,7 +316,7 @@ def test_a_very_long_text_is_read_in_bounded_time():
     parts = guard._worth_reading(Reading(filler + HARM.lower() + " " + filler))
     assert len(parts) == module.MOST and any("poison my neighbour" in part.text for part, _ in parts)
     short = guard._worth_reading(Reading(filler[:1000]))
-    assert len(short) == 2 and all(len(part.text) <= 360 for part, _ in short)
+    assert len(short) == 2 and all(len(part.text) <= 400 for part, _ in short)
     assert [part for part, _ in guard._worth_reading(Reading(filler[:400], "said before"))] == [
         Reading(filler[:400], "said before")
     ]
