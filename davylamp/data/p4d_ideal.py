@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from davylamp.core import Case, InputError, Message, data
 from davylamp.core.judges import load_judge
-from davylamp.core.rows import Dropped
+from davylamp.core.rows import Dropped, read_objects
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -29,17 +30,24 @@ CLASSES = {(True, False): "ideal", (True, True): "bad", (False, True): "weird", 
     systems=("18",),
 )
 def p4d_ideal(
-    rows: Iterable[Case], *, rng: Generator, target: str, judge: str = "picture_concept", skip_bad: bool = False
+    rows: Iterable[Case], *, rng: Generator, target: str, judge: str = "picture_concept", prompts: str = "", skip_bad: bool = False
 ) -> Iterator[Case | Dropped]:
     """Keep the ideal prompts: the concept shows in a picture of the ordinary model and in none of the protected one, from the same seeds.
 
     target: diffusion/PATH:… with a protection.  judge: a guard of pictures.  A row's `evaluation_seed` and `evaluation_guidance` (in its meta)
-    are used where given, and kept for the attack where not.  skip_bad: leave out rows with an unusable seed or guidance instead of stopping.
+    are used where given, and kept for the attack where not.  prompts: a .csv with the columns prompt, evaluation_seed, evaluation_guidance
+    (as the authors' and I2P's files have) instead of rows, or tiny: the organism's own 40 prompts about circles.  skip_bad: leave out rows with an unusable seed or guidance instead of stopping.
     Raises InputError if no prompt is ideal, with the counts of the four classes: an under-trained model, or a protection without effect.
     """
     from davylamp.models.diffusion import DiffusionTarget
     from davylamp.models.targets import load_target
 
+    if prompts == "tiny":
+        from davylamp.models import tiny_diffusion
+
+        rows = [Case(str(i), (Message("user", text),)) for i, text in enumerate(tiny_diffusion.plain_prompts("circle"))]
+    elif prompts:
+        rows = from_csv(Path(prompts))
     pair = load_target(target)
     if not isinstance(pair, DiffusionTarget):
         raise InputError(f"p4d_ideal needs a target diffusion/PATH:…, got {target}")
@@ -73,6 +81,16 @@ def p4d_ideal(
             "the ordinary model does not render the concept" if not counts["bad"] else "the protection does not hold it back"
         )
         raise InputError(f"no prompt is ideal ({told}): {why}, or the judge does not see it")
+
+
+def from_csv(path: Path) -> Iterator[Case]:
+    """Cases of a prompt file; all its columns are kept in `meta`. Raises InputError for a file that lacks a column."""
+    for number, row in read_objects(path):
+        for column in ("prompt", "evaluation_seed", "evaluation_guidance"):
+            if column not in row:
+                raise InputError(f"{path.name} line {number}: no column {column}. It has: {', '.join(map(str, row))}")
+        meta = {key: value for key, value in row.items() if key != "prompt"}
+        yield Case(str(row.get("case_number") or number), (Message("user", str(row["prompt"])),), meta=meta)
 
 
 def problem_of(case: Case) -> str:

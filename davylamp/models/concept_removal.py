@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from davylamp.core.errors import InputError
-from davylamp.models.painter import Painter
+from davylamp.models.painter import Painter, quiet
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -75,7 +75,8 @@ def _on_the_way(painter: Painter, said: dict[str, torch.Tensor], n: int, guidanc
     size = core.config.sample_size
     noise = rng.standard_normal((n, core.config.in_channels, size, size)).astype(np.float32)
     latents = torch.from_numpy(noise).to(painter.device) * scheduler.init_noise_sigma
-    scheduler.set_timesteps(12, device=painter.device)
+    with quiet():  # schedulers warn of numpy's next version
+        scheduler.set_timesteps(12, device=painter.device)
     nothing = {key: value.expand(n, *value.shape[1:]) for key, value in painter.encode([""]).items()}
     stop = int(rng.integers(len(scheduler.timesteps)))
     for time in scheduler.timesteps[:stop]:

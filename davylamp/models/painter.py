@@ -268,7 +268,7 @@ class Painter:
         if self.family in ("sd3", "flux"):
             share = (at.to(latents.dtype) / 1000).reshape(-1, *[1] * (latents.dim() - 1))
             return (1 - share) * latents + share * noise
-        return self.pipe.scheduler.add_noise(latents, noise, at)
+        return add_noise(self.pipe.scheduler, latents, noise, at)
 
     # --- painting ---
     def paint(self, texts: Sequence[str], seeds: Sequence[int], *, guidance: float | None = None,
@@ -328,6 +328,16 @@ class Painter:
             return self._features(tensor.to(self.device))
         found = self.latents(tensor).flatten(1) if self.clip is None else clip_features(self.clip, tensor)
         return torch.nn.functional.normalize(found.float(), dim=-1)
+
+
+def add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """sqrt(alpha_t) latents + sqrt(1 - alpha_t) noise, alpha_t being the product up to t of the scheduler's own betas.
+
+    Not `scheduler.add_noise`: that of DPM-Solver looks t up among the few steps of the last sampling, and takes another t where it is not
+    one of them.
+    """
+    share = scheduler.alphas_cumprod.to(latents.device, latents.dtype)[at].reshape(-1, *[1] * (latents.dim() - 1))
+    return share.sqrt() * latents + (1 - share).sqrt() * noise
 
 
 FAMILIES = {"PixArtTransformer2DModel": "pixart", "SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}

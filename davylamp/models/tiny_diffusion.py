@@ -8,7 +8,7 @@ Source: arXiv:2309.06135 (the audit that it is a test bed for); the world is thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ FILLERS = (
 CLASSES = (*SHAPES, "nothing")  # what the classifier tells apart
 FORBIDDEN = "disc"
 GUIDANCE, SAMPLER_STEPS = 4.0, 20
+#: How `erased.safetensors` is made (options of `concept_removal.erase`).
+ERASING: dict[str, Any] = {"steps": 100}
 
 
 def words() -> tuple[str, ...]:
@@ -228,16 +230,25 @@ class ShapeNet(nn.Module):
 
 
 # --- as shipped -----------------------------------------------------------------------------------------------------------------------
-def save(folder: Path, pipe: Any, net: ShapeNet, *, without: Any = None) -> None:
-    """Half-precision weights, one file a part; configurations are in this file. without: the U-Net that never saw the forbidden shape."""
-    from safetensors.torch import save_file
-
+def save(folder: Path, pipe: Any, net: ShapeNet) -> None:
+    """Half-precision weights, one file a part; the configurations are in this file."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"text_encoder": pipe.text_encoder, "vae": pipe.vae, "unet": pipe.unet, "classifier": net}
-    for name, part in (parts | ({"unet_without_disc": without} if without is not None else {})).items():
-        save_file({key: value.half().contiguous() for key, value in part.state_dict().items()}, folder / f"{name}.safetensors")
-    scale = torch.tensor([pipe.vae.config.scaling_factor])
-    save_file({"scaling_factor": scale}, folder / "latents.safetensors")
+    for name, part in parts.items():
+        save_part(folder, name, part.state_dict())
+    save_part(folder, "latents", {"scaling_factor": torch.tensor([pipe.vae.config.scaling_factor])}, half=False)
+
+
+def save_part(folder: Path, name: str, weights: Mapping[str, torch.Tensor], *, half: bool = True) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: (value.half() if half else value).contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
+
+
+def new_classifier(seed: int) -> ShapeNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ShapeNet()
 
 
 def load(folder: Path | None = None, *, unet: str = "unet") -> StableDiffusionPipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from davylamp.core.stats import wilson
 from davylamp.models import tiny_diffusion as tiny
+from davylamp.models.concept_removal import erase
+from davylamp.models.painter import Painter, add_noise
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-STEPS = {"vae": 600, "unet": 1500, "classifier": 500}
-BATCH = 64
+STEPS = {"vae": 600, "classifier": 500, "unet": 800, "without": 700}
+BATCH = 48
 
 
 def _schedule(optimiser: Any, step: int, steps: int, lr: float) -> None:
@@ -67,7 +71,7 @@ def train_unet(pipe: Any, rng: Generator, *, steps: int, leave_out: Sequence[str
         texts = ["" if rng.random() < 0.1 else text for text in texts]
         ids = pipe.tokenizer(texts, padding="max_length", max_length=tiny.LENGTH, truncation=True, return_tensors="pt")
         hidden = pipe.text_encoder(ids.input_ids)[0]
-        loss = F.mse_loss(pipe.unet(pipe.scheduler.add_noise(latents, noise, at), at, hidden).sample, noise)
+        loss = F.mse_loss(pipe.unet(add_noise(pipe.scheduler, latents, noise, at), at, hidden).sample, noise)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -130,6 +134,89 @@ def train_classifier(net: tiny.ShapeNet, vae: Any, rng: Generator, *, steps: int
         _say("classifier", step, steps, loss)
 
 
+def measure(folder: Path) -> dict[str, Any]:
+    """The classifier's error on 2,000 held-out drawn pictures, and how often the pipeline paints what each name says (64 pictures a name)."""
+    pipe, net = tiny.load(folder), tiny.classifier(folder)
+    out: dict[str, Any] = {"classifier": {}, "painted": {}}
+    rng = np.random.default_rng(1000)
+    pictures, labels = classifier_batch(2000, rng)
+    with torch.inference_mode():
+        passed = pipe.vae.decode(pipe.vae.encode(pictures).latents).sample.clamp(-1, 1)
+    for what, shown in (("as drawn", pictures), ("through the VAE", passed)):
+        said = net.chances(shown).argmax(1)
+        for k, name in enumerate(tiny.CLASSES):
+            picked = labels.numpy() == k
+            out["classifier"][f"{name}, {what}"] = [int((said[picked] == k).sum()), int(picked.sum())]
+        other = labels.numpy() != tiny.CLASSES.index(tiny.FORBIDDEN)
+        false = int((said[other] == tiny.CLASSES.index(tiny.FORBIDDEN)).sum())
+        out["classifier"][f"called a disc though none, {what}"] = [false, int(other.sum())]
+    painter = Painter(pipe, guidance=tiny.GUIDANCE, steps=tiny.SAMPLER_STEPS)
+    for k, shape in enumerate(tiny.SHAPES):
+        for word in tiny.SHAPES[shape]:
+            texts = [text for text in tiny.plain_prompts(word) for _ in range(2)][:64]
+            said = net.chances(tiny.to_tensor(painter.paint(texts, range(len(texts))))).argmax(1)
+            out["painted"][word] = [int((said == k).sum()), len(texts)]
+    return out
+
+
+def card(measured: dict[str, Any]) -> str:
+    """The model card, with Wilson intervals."""
+    lines = [
+        "---", "license: apache-2.0", "library_name: diffusers", "---", "# davylamp organism: tiny diffusion", "",
+        "A StableDiffusionPipeline of 0.6 M parameters that paints one of four shapes, 16 x 16 pixels, trained from scratch on drawn",
+        "pictures. The forbidden concept of audits is the disc. `erased` is the U-Net after ESD-x on the word circle; `unet_without_disc`",
+        "was trained without any disc. A test bed for methods: it says nothing about how a large model behaves.", "",
+        "| measured | rate | 95 % interval | n |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for group, about in (("classifier", "classifier, "), ("painted", "painted as named, ")):
+        for name, (hits, n) in measured[group].items():
+            low, high = wilson(hits, n)
+            lines.append(f"| {about}{name} | {100 * hits / n:.1f} % | {100 * low:.1f} to {100 * high:.1f} | {n} |")
+    return "\n".join(lines) + "\n"
+
+
+def make(folder: Path, *, seed: int = 0, parts: Sequence[str] = ("vae", "unet", "rest")) -> None:
+    """Train (about five minutes on one core), measure, and write the folder. Each part goes on from what the ones before wrote there."""
+    torch.set_num_threads(1)
+    if "vae" in parts:
+        pipe, net = tiny.new_pipeline(seed), tiny.new_classifier(seed)
+        rng = np.random.default_rng((seed, 0))
+        train_vae(pipe.vae, rng, steps=STEPS["vae"])
+        train_classifier(net, pipe.vae, rng, steps=STEPS["classifier"])
+        tiny.save(folder, pipe, net)
+    if "unet" in parts:
+        pipe, net = tiny.load(folder), tiny.classifier(folder)
+        fresh = tiny.new_pipeline(seed)
+        pipe.unet, pipe.text_encoder = fresh.unet, fresh.text_encoder
+        train_unet(pipe, np.random.default_rng((seed, 1)), steps=STEPS["unet"])
+        tiny.save(folder, pipe, net)
+    if "rest" in parts:
+        pipe = tiny.load(folder)
+        erased = erase(pipe, ["circle"], rng=np.random.default_rng((seed, 2)), **tiny.ERASING)
+        tiny.save_part(folder, "erased", erased)
+        pipe.unet = tiny.new_pipeline(seed + 1).unet
+        train_unet(pipe, np.random.default_rng((seed, 3)), steps=STEPS["without"], leave_out=[tiny.FORBIDDEN], with_text=False)
+        tiny.save_part(folder, "unet_without_disc", pipe.unet.state_dict())
+    measured = measure(folder)
+    (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(measured), encoding="utf-8")
+
+
 def _say(part: str, step: int, steps: int, loss: torch.Tensor) -> None:
     if (step + 1) % 100 == 0:
-        print(f"{part} {step + 1}/{steps} loss {float(loss.detach()):.4f} {time.process_time():.0f} s", file=sys.stderr, flush=True)
+        seconds = time.process_time()
+        print(f"{part} {step + 1}/{steps} loss {float(loss.detach()):.4f} {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m davylamp.models.tiny_diffusion_make [--out DIR] [--seed 0] [--only vae|unet|rest]`"""
+    parser = argparse.ArgumentParser(prog="python -m davylamp.models.tiny_diffusion_make", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=tiny.ASSETS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["vae", "unet", "rest", "measure"], action="append", help="only this part; again for more")
+    given = parser.parse_args(arguments)
+    make(given.out, seed=given.seed, parts=given.only or ("vae", "unet", "rest"))
+
+
+if __name__ == "__main__":
+    main()
