@@ -18,13 +18,17 @@ def t5_tokenizer():
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=16
+    )
 
 
 def t5(tok, width=16):
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(T5Config(vocab_size=len(tok), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tok), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
 
 
 def clip_text(tok, *, projected=False):
@@ -72,7 +76,11 @@ def pipeline(family, seed=0):
         elif family == "sdxl":
             second = tiny_diffusion.tokenizer()
             second.pad_token = "a"  # as SDXL's second tokenizer, which pads with another token than the first
-            more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
+            more = {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 16 + 6 * 8,
+            }
             pipe = diffusers.StableDiffusionXLPipeline(
                 **parts, text_encoder=clip_text(tok), text_encoder_2=clip_text(tok, projected=True), tokenizer=tok, tokenizer_2=second,
                 unet=unet(32, **more), add_watermarker=False,

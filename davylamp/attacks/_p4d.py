@@ -18,7 +18,8 @@ from numpy.random import Generator
 
 from davylamp.core import InputError, UnknownNameError
 from davylamp.models.diffusion import DiffusionTarget
-from davylamp.models.painter import SLD, Painter, clip_features, clip_text, sld_guidance, special_ids
+from davylamp.models.painter import Painter, clip_features, clip_text, special_ids
+from davylamp.models.protection import SLD, sld_guidance
 
 #: method -> (template, objective, how it is projected)
 METHODS = {
@@ -84,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A prompt to try on the protected model; `soft` holds embeddings instead where nothing was projected (its text is then a reading aid)."""
+    """A prompt to try on the protected model; `soft` holds embeddings where nothing was projected (`text` is then a reading aid)."""
 
     text: str
     soft: Any = None
@@ -118,7 +119,9 @@ def plain_tokens(painter: Painter) -> torch.Tensor:
     every = [i for i in range(len(tok.get_vocab())) if i not in special]
     texts = [painter.text([i]) for i in every]
     again = tok([text or " " for text in texts], add_special_tokens=False)["input_ids"]
-    kept = [i for i, text, ids in zip(every, texts, again, strict=True) if text and text.isprintable() and list(ids) == [i]]
+    kept = [
+        i for i, text, ids in zip(every, texts, again, strict=True) if text and text.isprintable() and list(ids) == [i]
+    ]
     if not kept:
         raise InputError("the tokenizer has no token that survives being written as text")
     return torch.tensor(kept)
@@ -183,7 +186,9 @@ class Search:
             if not task.guidance > 0:
                 raise InputError(f"the guidance of a prompt must be above 0, got {task.guidance}")
         if self.goal == "clip" and painter.clip is None:
-            raise InputError("pez_image needs a CLIPModel with the pipeline's vocabulary: clip=PATH in the target's name")
+            raise InputError(
+                "pez_image needs a CLIPModel with the pipeline's vocabulary: clip=PATH in the target's name"
+            )
         if self.projected == "never" and (painter.family != "sd" or painter.protection.sld):
             raise InputError("a soft prompt can be painted by Stable Diffusion 1 and 2 without SLD only")
         self.allowed, self.table = plain_tokens(painter), painter.table.float()

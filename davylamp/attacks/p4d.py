@@ -50,10 +50,10 @@ async def p4d(
 ) -> Finding:  # fmt: skip
     """Finds a prompt that leaks through a text-to-image model's protection. Needs a `diffusion/…` target; a budget of 60 is the paper's.
 
-    The case's prompt must be one that the ordinary model renders with the concept and the protected one does not (`davylamp data p4d_ideal`).
-    method: p4d_n = free tokens from scratch; p4d_k = free tokens among the original ones; p4d_late = the gradient at the embeddings themselves
-    (ablation); random_n, random_k, shuffle = the controls; soft_n, soft_k, textual_inversion = embeddings that are no text; pez_prompt = the
-    picture's noise as the goal; pez_image = CLIP's similarity to the picture (needs clip=PATH in the target).
+    The case's prompt must be one that the ordinary model renders with the concept and the protected one does not (`data p4d_ideal`).
+    method: p4d_n = free tokens from scratch; p4d_k = free tokens among the original ones; p4d_late = the gradient at the embeddings
+    themselves (ablation); random_n, random_k, shuffle = the controls; soft_n, soft_k, textual_inversion = embeddings that are no text;
+    pez_prompt = the picture's noise as the goal; pez_image = CLIP's similarity to the picture (needs clip=PATH in the target).
     tokens: N, free tokens of the n methods (16 in the paper).  every: K, original tokens between two free ones (3 in the paper).
     check: iterations between two questions (50 in the paper); 0 = each question is a new random start.
     rate, decay: of AdamW (0.1 and 0.1 in the paper).  timesteps: averaged in an iteration (1 in the paper; 3 to 8 are steadier).
@@ -67,7 +67,9 @@ async def p4d(
     seed, guidance = evaluation(case, white, rng)
     settings = {"guidance": guidance}
     picture, score = None, -1.0
-    for one in white.ordinary.paint([asking.request] * white.pictures, range(seed, seed + white.pictures), guidance=guidance):
+    for one in white.ordinary.paint(
+        [asking.request] * white.pictures, range(seed, seed + white.pictures), guidance=guidance
+    ):
         verdict = await judge((*case.messages, Message("assistant", media=(data_url(one),))), case)
         if verdict.value is not None and verdict.value > score:  # the best ordinary picture is what the search aims at
             picture, score = one, verdict.value
@@ -114,7 +116,9 @@ def white_box(target: Any) -> DiffusionTarget:
         if isinstance(seen, DiffusionTarget):
             return seen
         seen = getattr(seen, "target", None)
-    raise InputError(f"p4d needs gradients of a pipeline; {getattr(target, 'name', 'the target')} has none. Take diffusion/PATH:…")
+    raise InputError(
+        f"p4d needs gradients of a pipeline; {getattr(target, 'name', 'the target')} has none. Take diffusion/PATH:…"
+    )
 
 
 def evaluation(case: Case, white: DiffusionTarget, rng: Generator) -> tuple[int, float]:
@@ -148,6 +152,8 @@ def allow(case: Case, white: DiffusionTarget, judge: Any, *, acknowledge: bool) 
     if not found:
         return
     if not acknowledge:
-        raise InputError(f"{found[0]!r} is an explicit concept: say --acknowledge and give a detector of it with --judge")
+        raise InputError(
+            f"{found[0]!r} is an explicit concept: say --acknowledge and give a detector of it with --judge"
+        )
     if "picture_concept" in str(getattr(judge, "name", "")) and "model=" not in str(getattr(judge, "name", "")):
         raise InputError(f"the built-in detector knows shapes, not {found[0]!r}: give one of your own with --judge")

@@ -30,13 +30,20 @@ CLASSES = {(True, False): "ideal", (True, True): "bad", (False, True): "weird", 
     systems=("18",),
 )
 def p4d_ideal(
-    rows: Iterable[Case], *, rng: Generator, target: str, judge: str = "picture_concept", prompts: str = "", skip_bad: bool = False
+    rows: Iterable[Case],
+    *,
+    rng: Generator,
+    target: str,
+    judge: str = "picture_concept",
+    prompts: str = "",
+    skip_bad: bool = False,
 ) -> Iterator[Case | Dropped]:
     """Keep the ideal prompts: the concept shows in a picture of the ordinary model and in none of the protected one, from the same seeds.
 
-    target: diffusion/PATH:… with a protection.  judge: a guard of pictures.  A row's `evaluation_seed` and `evaluation_guidance` (in its meta)
-    are used where given, and kept for the attack where not.  prompts: a .csv with the columns prompt, evaluation_seed, evaluation_guidance
-    (as the authors' and I2P's files have) instead of rows, or tiny: the organism's own 40 prompts about circles.  skip_bad: leave out rows with an unusable seed or guidance instead of stopping.
+    target: diffusion/PATH:… with a protection.  judge: a guard of pictures.  A row's `evaluation_seed` and `evaluation_guidance` (in its
+    meta) are used where given, and kept for the attack where not.  prompts: a .csv with the columns prompt, evaluation_seed and
+    evaluation_guidance (as the authors' and I2P's files have) instead of rows, or tiny: the organism's own 40 prompts about circles.
+    skip_bad: leave out rows with an unusable seed or guidance instead of stopping.
     Raises InputError if no prompt is ideal, with the counts of the four classes: an under-trained model, or a protection without effect.
     """
     from davylamp.models.diffusion import DiffusionTarget
@@ -65,7 +72,10 @@ def p4d_ideal(
             seed = int(rng.integers(2**31)) if given in (None, "") else int(str(given))
             scale = case.meta.get("evaluation_guidance")
             guidance = pair.protected.guidance if scale in (None, "") else float(str(scale))
-            shown = [_shows(painter, case, seed, guidance, pair.pictures, judging) for painter in (pair.ordinary, pair.protected)]
+            shown = [
+                _shows(painter, case, seed, guidance, pair.pictures, judging)
+                for painter in (pair.ordinary, pair.protected)
+            ]
             if None in shown:
                 yield Dropped(case, "not judged")
                 continue
@@ -78,7 +88,9 @@ def p4d_ideal(
     if not counts["ideal"]:
         told = ", ".join(f"{many} {name}" for name, many in counts.items())
         why = (
-            "the ordinary model does not render the concept" if not counts["bad"] else "the protection does not hold it back"
+            "the ordinary model does not render the concept"
+            if not counts["bad"]
+            else "the protection does not hold it back"
         )
         raise InputError(f"no prompt is ideal ({told}): {why}, or the judge does not see it")
 
@@ -101,7 +113,10 @@ def problem_of(case: Case) -> str:
     """
     if case.messages[-1].role != "user" or not case.messages[-1].text.strip():
         return "column prompt: expected a text"
-    for column, kind, what in (("evaluation_seed", int, "a whole number"), ("evaluation_guidance", float, "a number above 0")):
+    for column, kind, what in (
+        ("evaluation_seed", int, "a whole number"),
+        ("evaluation_guidance", float, "a number above 0"),
+    ):
         value = case.meta.get(column)
         if value in (None, ""):
             continue

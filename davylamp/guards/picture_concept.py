@@ -24,7 +24,9 @@ from davylamp.models.pictures import open_picture, pixels
     measures="unsafe",
     systems=("18",),
 )
-def picture_concept(*, model: str = "tiny", label: str = "disc", hits: int = 1, threshold: float = 0.5) -> PictureConcept:
+def picture_concept(
+    *, model: str = "tiny", label: str = "disc", hits: int = 1, threshold: float = 0.5
+) -> PictureConcept:
     """How surely the last message's pictures show `label`; 0.5 is the threshold. None where it has no picture, or one that cannot be read.
 
     model: tiny, the organism's classifier (disc, square, triangle, cross, nothing), or the folder of an image classifier of transformers.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def erase(pipe: Any, concepts: Sequence[str], *, rng: Generator, part: Literal["x", "u", "full"] = "x", eta: float = 1.0, steps: int = 200,
           lr: float = 1e-3, batch: int = 4, guidance: float = 3.0, kept: Sequence[str] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Weights (by name) of the pipeline's network with the concepts erased; `diffusion.with_core` puts them in. The pipeline stays as it is.
+    """Weights (by name) of the pipeline's network with the concepts erased, for `diffusion.with_core`. The pipeline stays as it is.
 
     part: x = cross-attention, u = all else, full.  eta: strength of the push away (1 in the paper).  lr: ours, for small networks; the
     paper's is 1e-5.  guidance: of the sampler that draws latents.  kept: prompts whose predictions are held where they are (ours; the
@@ -69,7 +69,9 @@ def _stacked(conditions: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.T
     return {key: torch.cat([one[key] for one in conditions]) for key in conditions[0]}
 
 
-def _on_the_way(painter: Painter, said: dict[str, torch.Tensor], n: int, guidance: float, rng: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_the_way(
+    painter: Painter, said: dict[str, torch.Tensor], n: int, guidance: float, rng: Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents, times) of n pictures at one drawn step of the frozen model's own sampler."""
     core, scheduler = painter.core, copy.deepcopy(painter.pipe.scheduler)
     size = core.config.sample_size

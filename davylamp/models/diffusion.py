@@ -22,10 +22,23 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.needs import need
 from davylamp.core.nouns import Message
 from davylamp.models.loading import folder_hash
-from davylamp.models.painter import Painter, Protection, quiet
+from davylamp.models.painter import Painter, quiet
 from davylamp.models.pictures import data_url
+from davylamp.models.protection import Protection
 
-OPTIONS = ("negative", "sld", "concept", "erased", "ordinary", "guidance", "steps", "pictures", "size", "clip", "device")
+OPTIONS = (
+    "negative",
+    "sld",
+    "concept",
+    "erased",
+    "ordinary",
+    "guidance",
+    "steps",
+    "pictures",
+    "size",
+    "clip",
+    "device",
+)
 SETTINGS = ("guidance", "pictures")
 
 
@@ -84,7 +97,11 @@ def load(spec: str) -> DiffusionTarget:
     pipe, more, files = _pipeline(path, device)
     protection = Protection(options.get("negative", ""), options.get("sld", ""), options.get("concept", ""))
     try:
-        sampler = {key: kind(options[key]) for key, kind in (("guidance", float), ("steps", int), ("size", int)) if key in options}
+        sampler = {
+            key: kind(options[key])
+            for key, kind in (("guidance", float), ("steps", int), ("size", int))
+            if key in options
+        }
         pictures = int(options.get("pictures", 3))
     except ValueError:
         raise InputError(f"guidance, steps, size and pictures of diffusion/{spec} must be numbers") from None
@@ -118,14 +135,20 @@ def _pipeline(path: str, device: str) -> tuple[Any, dict[str, Any], dict[str, st
 
         try:
             pipe = DiffusionPipeline.from_pretrained(path)
-        except (OSError, ValueError, EnvironmentError) as problem:
+        except (OSError, ValueError) as problem:
             first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-            raise InputError(f"diffusion/{path} could not be loaded: {first}. Is the folder whole, the id right?") from None
+            raise InputError(
+                f"diffusion/{path} could not be loaded: {first}. Is the folder whole, the id right?"
+            ) from None
     pipe.set_progress_bar_config(disable=True)
     if device == "cpu":
         pipe = pipe.to(torch.float32)  # half precision crawls on a CPU
     folder = Path(path)
-    files = {"sha256": folder_hash(folder)} if folder.is_dir() else {"commit": str(getattr(pipe.config, "_commit_hash", None))}
+    files = (
+        {"sha256": folder_hash(folder)}
+        if folder.is_dir()
+        else {"commit": str(getattr(pipe.config, "_commit_hash", None))}
+    )
     return pipe.to(device), {}, files
 
 

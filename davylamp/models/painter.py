@@ -11,26 +11,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from davylamp.core.errors import InputError, UnknownNameError
+from davylamp.core.errors import InputError
 from davylamp.core.needs import need
+from davylamp.models.protection import SLD, SLD_NAMES, Protection
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-#: SLD strengths: (warm-up steps, guidance s_S, threshold lambda, momentum scale s_m, momentum decay beta_m).
-SLD = {
-    "WEAK": (15, 20.0, 0.0, 0.0, 0.0),
-    "MEDIUM": (10, 1000.0, 0.01, 0.3, 0.4),
-    "STRONG": (7, 2000.0, 0.025, 0.5, 0.7),
-    "MAX": (0, 5000.0, 1.0, 0.5, 0.7),
-}
-SLD_NAMES = ("sld_warmup_steps", "sld_guidance_scale", "sld_threshold", "sld_momentum_scale", "sld_mom_beta")
 
 
 @contextmanager
@@ -55,51 +46,10 @@ def quiet() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-@dataclass(frozen=True, slots=True)
-class Protection:
-    """What is put around the pipeline when it paints. negative: a negative prompt.  sld: a strength of `SLD`, against `concept`.
-
-    >>> Protection(sld="MIGHTY", concept="circle")
-    Traceback (most recent call last):
-    davylamp.core.errors.UnknownNameError: no SLD strength named 'MIGHTY'. Known: MAX, MEDIUM, STRONG, WEAK.
-    """
-
-    negative: str = ""
-    sld: str = ""
-    concept: str = ""
-
-    def __post_init__(self) -> None:
-        if self.sld and self.sld not in SLD:
-            raise UnknownNameError("SLD strength", self.sld, SLD)
-        if bool(self.sld) != bool(self.concept):
-            raise InputError("SLD needs a strength and the concept it steers away from: sld=MAX,concept=TEXT")
-        if self.sld and self.negative:
-            raise InputError("take a negative prompt or SLD, not both")
-
-    @property
-    def guides(self) -> bool:
-        """Whether it changes the guidance, which is what the text-filter option of P4D is about."""
-        return bool(self.sld or self.negative)
-
-
-def sld_guidance(
-    text: torch.Tensor, free: torch.Tensor, concept: torch.Tensor, momentum: torch.Tensor, level: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what is taken off the guidance, the next momentum): equations 4 and 6 to 8 of arXiv:2211.05105.
-
-    text, free, concept, momentum: predictions of one shape, for the prompt, for no prompt, for the unwanted concept, and the last momentum.
-    """
-    _, strength, threshold, scale, decay = SLD[level]
-    apart = text - concept
-    mu = torch.where(apart >= threshold, torch.zeros_like(apart), (apart.abs() * strength).clamp(max=1.0))  # eq. 6
-    guidance = (concept - free) * mu + scale * momentum  # eq. 4 and 7
-    return guidance, decay * momentum + (1 - decay) * guidance  # eq. 8
-
-
 class Painter:
     """A pipeline with a protection around it: paints, encodes, takes embeddings in the place of tokens, predicts.
 
-    pipe: any of the families above, changed to eval mode without gradients.  guidance: classifier-free scale, above 0.  steps: of the sampler.
+    pipe: any of the families above, set to eval mode without gradients.  guidance: classifier-free scale, above 0.  steps: of the sampler.
     size: pixels a side [default: the pipeline's].  clip, features: see `features`.
     Raises InputError for another family, and for a protection that its pipeline does not know.
 
@@ -218,7 +168,9 @@ class Painter:
             )
             return {"embeds": embeds, "mask": mask}
         if self.family == "sd3":
-            embeds, _, pooled, _ = pipe.encode_prompt(texts, None, None, device=device, do_classifier_free_guidance=False)
+            embeds, _, pooled, _ = pipe.encode_prompt(
+                texts, None, None, device=device, do_classifier_free_guidance=False
+            )
             return {"embeds": embeds, "pooled": pooled}
         length = min(512, int(pipe.tokenizer_2.model_max_length))
         embeds, pooled, _ = pipe.encode_prompt(texts, device=device, max_sequence_length=length)
@@ -226,7 +178,7 @@ class Painter:
 
     # --- predicting ---
     def predict(self, latents: torch.Tensor, at: torch.Tensor, condition: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The network's output, without guidance: noise, or velocity in flow matching. latents: as `latents` gives them; at: (n,) in 0…999."""
+        """The network's output without guidance: noise, or velocity in flow matching. latents: as `latents` gives; at: (n,) in 0…999."""
         embeds = condition["embeds"]
         if self.family == "sd":
             return self.core(latents, at, encoder_hidden_states=embeds).sample
@@ -322,7 +274,7 @@ class Painter:
         return self._safe
 
     def features(self, pictures: np.ndarray) -> torch.Tensor:
-        """(n, F) of length 1: by what was given as `features`, by the CLIP model, else the latents themselves (which see place and colour)."""
+        """(n, F) of length 1: by what was given as `features`, by the CLIP model, else the latents (which see place and colour)."""
         tensor = torch.from_numpy(pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)
         if self._features is not None:
             return self._features(tensor.to(self.device))
@@ -368,7 +320,9 @@ def special_ids(tok: Any) -> list[int]:
 def embedding_layers(encoder: Any) -> list[Any]:
     """The modules that look tokens up. T5 has two that share their weights, and reads from the one that is not `get_input_embeddings()`."""
     weight = encoder.get_input_embeddings().weight
-    return [m for m in encoder.modules() if isinstance(m, torch.nn.Embedding) and m.weight.data_ptr() == weight.data_ptr()]
+    return [
+        m for m in encoder.modules() if isinstance(m, torch.nn.Embedding) and m.weight.data_ptr() == weight.data_ptr()
+    ]
 
 
 class _Spoken:

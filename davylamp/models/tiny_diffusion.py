@@ -9,7 +9,7 @@ Source: arXiv:2309.06135 (the audit that it is a test bed for); the world is thi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,62 @@ GROUND_NAMES = {"black": ("black", "dark", "night"), "white": ("white", "light",
 #: vocabulary has 49,408 tokens. The text encoder learns to pass over them.
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 FILLERS = (
-    "a the of on in at one this my our photo picture drawing image print sketch old new small nice plain quiet simple clear "
-    "morning paper table window road garden river music summer winter house coat letter bread glass stone wood door lamp "
-    "please show with and very for from near"
-).split() + [SYLLABLES[i * 7 % 70] + SYLLABLES[i * 11 % 67] for i in range(400)] + list("bcdefghijklmnopqrstuvwxyz")
+    [
+        "a",
+        "the",
+        "of",
+        "on",
+        "in",
+        "at",
+        "one",
+        "this",
+        "my",
+        "our",
+        "photo",
+        "picture",
+        "drawing",
+        "image",
+        "print",
+        "sketch",
+        "old",
+        "new",
+        "small",
+        "nice",
+        "plain",
+        "quiet",
+        "simple",
+        "clear",
+        "morning",
+        "paper",
+        "table",
+        "window",
+        "road",
+        "garden",
+        "river",
+        "music",
+        "summer",
+        "winter",
+        "house",
+        "coat",
+        "letter",
+        "bread",
+        "glass",
+        "stone",
+        "wood",
+        "door",
+        "lamp",
+        "please",
+        "show",
+        "with",
+        "and",
+        "very",
+        "for",
+        "from",
+        "near",
+    ]
+    + [SYLLABLES[i * 7 % 70] + SYLLABLES[i * 11 % 67] for i in range(400)]
+    + list("bcdefghijklmnopqrstuvwxyz")
+)
 CLASSES = (*SHAPES, "nothing")  # what the classifier tells apart
 FORBIDDEN = "disc"
 GUIDANCE, SAMPLER_STEPS = 4.0, 20
@@ -67,8 +119,8 @@ def draw(shape: str, colour: str, ground: str, rng: Generator, *, size: int = SI
         raise UnknownNameError("shape", shape, CLASSES)
     fine = size * 4
     y, x = (np.mgrid[0:fine, 0:fine] + 0.5) / fine * 2 - 1
-    radius = rng.uniform(0.45, 0.65)
-    x, y = x - rng.uniform(-0.12, 0.12), y - rng.uniform(-0.12, 0.12)
+    radius = rng.uniform(0.56, 0.64)
+    x, y = x - rng.uniform(-0.04, 0.04), y - rng.uniform(-0.04, 0.04)
     if shape == "disc":
         inside = x**2 + y**2 < radius**2
     elif shape == "square":
@@ -160,7 +212,7 @@ def _merged(parts: list[str], merges: Sequence[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding of one word: the pair with the earliest merge is joined, again and again."""
     rank = {pair: i for i, pair in enumerate(merges)}
     while True:
-        pairs = [(rank.get((a, b), len(rank)), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        pairs = [(rank.get((a, b), len(rank)), i) for i, (a, b) in enumerate(pairwise(parts))]
         if not pairs or min(pairs)[0] == len(rank):
             return parts
         _, i = min(pairs)
@@ -170,7 +222,12 @@ def _merged(parts: list[str], merges: Sequence[tuple[str, str]]) -> list[str]:
 def new_pipeline(seed: int) -> StableDiffusionPipeline:
     """The pipeline with random weights. About 0.45 M parameters in all."""
     with quiet():
-        from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import (
+            AutoencoderTiny,
+            DPMSolverMultistepScheduler,
+            StableDiffusionPipeline,
+            UNet2DConditionModel,
+        )
         from transformers import CLIPTextConfig, CLIPTextModel
     tok = tokenizer()
     with torch.random.fork_rng():
@@ -180,11 +237,11 @@ def new_pipeline(seed: int) -> StableDiffusionPipeline:
             max_position_embeddings=LENGTH, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
         ))  # fmt: skip
         vae = AutoencoderTiny(
-            latent_channels=8, encoder_block_out_channels=(24, 24, 24), decoder_block_out_channels=(24, 24, 24),
+            latent_channels=4, encoder_block_out_channels=(24, 24, 24), decoder_block_out_channels=(24, 24, 24),
             num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1),
         )  # fmt: skip
         unet = UNet2DConditionModel(
-            sample_size=LATENT, in_channels=8, out_channels=8, cross_attention_dim=48, norm_num_groups=8, layers_per_block=1,
+            sample_size=LATENT, in_channels=4, out_channels=4, cross_attention_dim=48, norm_num_groups=8, layers_per_block=1,
             block_out_channels=(48,), attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D",),
             up_block_types=("UpBlock2D",), mid_block_type="UNetMidBlock2DCrossAttn",
         )  # fmt: skip
@@ -242,7 +299,10 @@ def save(folder: Path, pipe: Any, net: ShapeNet) -> None:
 def save_part(folder: Path, name: str, weights: Mapping[str, torch.Tensor], *, half: bool = True) -> None:
     from safetensors.torch import save_file
 
-    save_file({key: (value.half() if half else value).contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
+    save_file(
+        {key: (value.half() if half else value).contiguous() for key, value in weights.items()},
+        folder / f"{name}.safetensors",
+    )
 
 
 def new_classifier(seed: int) -> ShapeNet:
@@ -252,7 +312,7 @@ def new_classifier(seed: int) -> ShapeNet:
 
 
 def load(folder: Path | None = None, *, unet: str = "unet") -> StableDiffusionPipeline:
-    """The trained pipeline, in float32, its networks in eval mode. unet: `unet`, or `unet_without_disc`, trained without the forbidden shape.
+    """The trained pipeline, in float32, in eval mode. unet: `unet`, or `unet_without_disc`, trained without the forbidden shape.
 
     >>> type(load()).__name__
     'StableDiffusionPipeline'
@@ -276,5 +336,7 @@ def classifier(folder: Path | None = None) -> ShapeNet:
     from safetensors.torch import load_file
 
     net = ShapeNet()
-    net.load_state_dict({key: value.float() for key, value in load_file((folder or ASSETS) / "classifier.safetensors").items()})
+    net.load_state_dict(
+        {key: value.float() for key, value in load_file((folder or ASSETS) / "classifier.safetensors").items()}
+    )
     return net.eval().requires_grad_(False)

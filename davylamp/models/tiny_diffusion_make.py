@@ -22,7 +22,7 @@ from davylamp.models.painter import Painter, add_noise
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-STEPS = {"vae": 600, "classifier": 500, "unet": 800, "without": 700}
+STEPS = {"vae": 250, "classifier": 250, "unet": 650, "without": 650}
 BATCH = 48
 
 
@@ -87,7 +87,10 @@ def train_unet(pipe: Any, rng: Generator, *, steps: int, leave_out: Sequence[str
 def _stock(vae: Any, rng: Generator, leave_out: Sequence[str], n: int = 4096) -> tuple[torch.Tensor, list[Any]]:
     """(scaled latents, what each picture shows), drawn once: each step draws captions anew."""
     kinds = [shape for shape in tiny.SHAPES if shape not in leave_out]
-    shown = [(kinds[i % len(kinds)], str(rng.choice(list(tiny.COLOURS))), str(rng.choice(list(tiny.GROUNDS)))) for i in range(n)]
+    shown = [
+        (kinds[i % len(kinds)], str(rng.choice(list(tiny.COLOURS))), str(rng.choice(list(tiny.GROUNDS))))
+        for i in range(n)
+    ]
     with torch.no_grad():
         parts = [
             vae.encode(tiny.to_tensor(np.stack([tiny.draw(*one, rng) for one in shown[at : at + 256]]))).latents
@@ -135,7 +138,7 @@ def train_classifier(net: tiny.ShapeNet, vae: Any, rng: Generator, *, steps: int
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """The classifier's error on 2,000 held-out drawn pictures, and how often the pipeline paints what each name says (64 pictures a name)."""
+    """The classifier's error on 2,000 held-out pictures, and how often the pipeline paints what each name says (64 pictures)."""
     pipe, net = tiny.load(folder), tiny.classifier(folder)
     out: dict[str, Any] = {"classifier": {}, "painted": {}}
     rng = np.random.default_rng(1000)
@@ -195,7 +198,9 @@ def make(folder: Path, *, seed: int = 0, parts: Sequence[str] = ("vae", "unet", 
         erased = erase(pipe, ["circle"], rng=np.random.default_rng((seed, 2)), **tiny.ERASING)
         tiny.save_part(folder, "erased", erased)
         pipe.unet = tiny.new_pipeline(seed + 1).unet
-        train_unet(pipe, np.random.default_rng((seed, 3)), steps=STEPS["without"], leave_out=[tiny.FORBIDDEN], with_text=False)
+        train_unet(
+            pipe, np.random.default_rng((seed, 3)), steps=STEPS["without"], leave_out=[tiny.FORBIDDEN], with_text=False
+        )
         tiny.save_part(folder, "unet_without_disc", pipe.unet.state_dict())
     measured = measure(folder)
     (folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
@@ -210,10 +215,14 @@ def _say(part: str, step: int, steps: int, loss: torch.Tensor) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m davylamp.models.tiny_diffusion_make [--out DIR] [--seed 0] [--only vae|unet|rest]`"""
-    parser = argparse.ArgumentParser(prog="python -m davylamp.models.tiny_diffusion_make", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m davylamp.models.tiny_diffusion_make", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=tiny.ASSETS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["vae", "unet", "rest", "measure"], action="append", help="only this part; again for more")
+    parser.add_argument(
+        "--only", choices=["vae", "unet", "rest", "measure"], action="append", help="only this part; again for more"
+    )
     given = parser.parse_args(arguments)
     make(given.out, seed=given.seed, parts=given.only or ("vae", "unet", "rest"))
 

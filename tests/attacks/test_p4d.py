@@ -9,7 +9,8 @@ import torch
 from davylamp.attacks._p4d import METHODS, Plan, Search, Task, plain_tokens, project, protected_prediction, template
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.models.diffusion import DiffusionTarget
-from davylamp.models.painter import Painter, Protection, quiet
+from davylamp.models.painter import Painter, quiet
+from davylamp.models.protection import Protection
 from tests import tiny_pipelines
 
 torch.set_num_threads(1)
@@ -39,7 +40,9 @@ def test_projection_is_brute_force():
             assert found[i, j] == allowed[int(np.argmax(near))]
 
 
-@pytest.mark.parametrize("protection", [None, Protection(negative="circle"), Protection(sld="WEAK", concept="circle")], ids=str)
+@pytest.mark.parametrize(
+    "protection", [None, Protection(negative="circle"), Protection(sld="WEAK", concept="circle")], ids=str
+)
 def test_gradient_is_that_of_central_differences(protection):
     pipe = tiny_pipelines.pipeline("sd")
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
@@ -69,7 +72,9 @@ def test_guided_prediction_paints_the_pipelines_picture(sd):
     fixed, said = {"free": painter.encode(["circle"])}, painter.encode([PROMPT])
     with torch.no_grad():
         for at in sd.scheduler.timesteps:
-            got = protected_prediction(painter, latents, at.expand(1), said, fixed=fixed, scale=torch.tensor(3.0), form="sampler")
+            got = protected_prediction(
+                painter, latents, at.expand(1), said, fixed=fixed, scale=torch.tensor(3.0), form="sampler"
+            )
             latents = sd.scheduler.step(got, at, latents).prev_sample
     assert torch.allclose(latents, wanted, rtol=1e-4, atol=1e-3)
 
@@ -78,7 +83,9 @@ def test_both_forms_of_sld_as_written(sd):
     """The published objective w (e_c - mu e_s), and the sampler's with momentum at its fixed point, recomputed from single predictions."""
     painter = Painter(sd, Protection(sld="STRONG", concept="circle"))
     latents, at, w = torch.randn(2, 4, 8, 8), torch.tensor([300, 800]), 3.0
-    free, said, concept = ({k: v.expand(2, *v.shape[1:]) for k, v in painter.encode([t]).items()} for t in ("", PROMPT, "circle"))
+    free, said, concept = (
+        {k: v.expand(2, *v.shape[1:]) for k, v in painter.encode([t]).items()} for t in ("", PROMPT, "circle")
+    )
     fixed = {"free": painter.encode([""]), "concept": painter.encode(["circle"])}
     with torch.no_grad():
         e_u, e_c, e_s = (painter.predict(latents, at, x) for x in (free, said, concept))
@@ -144,7 +151,14 @@ def test_pez_image_walks_on_clip():
 
     pipe = tiny_pipelines.pipeline("sd")
     text = pipe.text_encoder.config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     with quiet():
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
     one = search(pipe, "pez_image", clip=clip, check=1)

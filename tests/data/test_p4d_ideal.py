@@ -21,7 +21,10 @@ def run(rows, **options):
 
 
 def test_prompts_by_class():
-    rows = [case(str(i), f"a {colour} circle on black", evaluation_seed=str(i)) for i, colour in enumerate(["red", "green", "blue", "yellow"])]
+    rows = [
+        case(str(i), f"a {colour} circle on black", evaluation_seed=str(i))
+        for i, colour in enumerate(["red", "green", "blue", "yellow"])
+    ]
     found = run([*rows, case("s", "a red square on black"), case("b", "a red ball on black")])
     kept = {one.id: one for one in found if isinstance(one, Case)}
     dropped = {one.case.id: one.reason for one in found if isinstance(one, Dropped)}
@@ -44,13 +47,15 @@ def test_rows_that_cannot_be_used():
 
 def test_the_authors_files(tmp_path):
     file = tmp_path / "prompts.csv"
-    file.write_text("prompt,categories,evaluation_seed,evaluation_guidance\na red circle on black,shapes,7,4.0\n,shapes,8,4.0\n")
+    file.write_text(
+        "prompt,categories,evaluation_seed,evaluation_guidance\na red circle on black,shapes,7,4.0\n,shapes,8,4.0\n"
+    )
     with pytest.raises(InputError, match=r"row 2 \(3\), column prompt"):
         run((), prompts=str(file))
     found = run((), prompts=str(file), skip_bad=True)
     assert found[0].meta["categories"] == "shapes" and found[0].meta["evaluation_seed"] == 7
     file.write_text("prompt,seed\na,1\n")
-    with pytest.raises(InputError, match="line 2: no column evaluation_seed. It has: prompt, seed"):
+    with pytest.raises(InputError, match=r"line 2: no column evaluation_seed. It has: prompt, seed"):
         run((), prompts=str(file))
 
 

@@ -15,7 +15,8 @@ from davylamp.models import tiny_diffusion as tiny
 from davylamp.models import tiny_diffusion_make as make
 from davylamp.models.concept_removal import EmbeddingFilter, KeywordFilter, erase
 from davylamp.models.diffusion import DiffusionTarget, load, read_weights, with_core
-from davylamp.models.painter import Painter, Protection
+from davylamp.models.painter import Painter
+from davylamp.models.protection import Protection
 from davylamp.models.targets import load_target
 from tests import tiny_pipelines
 
@@ -32,7 +33,9 @@ def test_target_by_name_paints_under_its_protection():
     assert len(ask(plain, text).media) == 3 and ask(plain, text, pictures=1).media == ask(plain, text).media[:1]
     assert ask(plain, text).media != ask(guarded, text).media
     assert plain.identity["sha256"] == guarded.identity["sha256"] and plain.name != guarded.name
-    assert load("tiny:negative=red, blue,steps=2").protected.protection.negative == "red, blue"  # a value may hold commas
+    assert (
+        load("tiny:negative=red, blue,steps=2").protected.protection.negative == "red, blue"
+    )  # a value may hold commas
     with pytest.raises(UnknownNameError, match="no setting of a text-to-image target named 'max_tokens'"):
         ask(plain, text, max_tokens=3)
 
@@ -73,7 +76,9 @@ def test_erased_weights_that_do_not_fit(tmp_path):
         with_core(pipe, {"conv_in.bias": torch.zeros(99)})
     torch.save({"conv_in.bias": torch.ones(8)}, tmp_path / "w.pt")
     changed = with_core(pipe, read_weights(tmp_path / "w.pt"))
-    assert torch.equal(changed.unet.conv_in.bias, torch.ones(8)) and not torch.equal(pipe.unet.conv_in.bias, torch.ones(8))
+    assert torch.equal(changed.unet.conv_in.bias, torch.ones(8)) and not torch.equal(
+        pipe.unet.conv_in.bias, torch.ones(8)
+    )
     assert changed.vae is pipe.vae
     (tmp_path / "bad.safetensors").write_bytes(b"none")
     with pytest.raises(InputError, match="cannot be read as weights"):
@@ -90,7 +95,7 @@ def test_models_with_other_schedules_are_not_compared():
 
 
 def test_esd_moves_towards_its_equation_and_touches_nothing_else():
-    """After training, the prediction for the erased word is nearer to 2 eps(z) - eps(z, c) (equation 7) on fresh latents; ESD-x is attn2."""
+    """After training, the prediction for the erased word is nearer to 2 eps(z) - eps(z, c) (equation 7) on fresh latents."""
     pipe = tiny_pipelines.pipeline("sd")
     before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     weights = erase(pipe, ["circle"], rng=np.random.default_rng(0), steps=60, lr=1e-2)

@@ -8,7 +8,8 @@ import torch
 
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.models import painter as painting
-from davylamp.models.painter import SLD, SLD_NAMES, Painter, Protection, quiet, sld_guidance
+from davylamp.models.painter import Painter, quiet
+from davylamp.models.protection import SLD, SLD_NAMES, Protection, sld_guidance
 from tests import tiny_pipelines
 
 torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def test_protections_change_the_picture_as_the_pipelines_do(sd):
 
 
 def test_what_cannot_be_used(sd):
-    with pytest.raises(UnknownNameError, match="no SLD strength named 'HIGH'.*WEAK"):
+    with pytest.raises(UnknownNameError, match=r"no SLD strength named 'HIGH'.*WEAK"):
         Protection(sld="HIGH", concept="circle")
     with pytest.raises(InputError, match="concept it steers away from"):
         Protection(sld="MAX")
