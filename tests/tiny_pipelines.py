@@ -1,12 +1,45 @@
 """Random text-to-image pipelines of every family, as diffusers builds them, small enough for a test: 16 x 16 pixels."""
 
+from itertools import pairwise
+
 import torch
 
-from davylamp.models import tiny_diffusion
 from davylamp.models.painter import quiet
 
+LENGTH = 24  # tokens of the CLIP encoders, both ends included
 FAMILIES = ("sd", "sdxl", "pixart", "sd3", "flux")
 WORDS = ["a", "red", "circle", "square", "on", "black", "dot", "big"]
+MORE = (
+    "the of in at road bread river music summer winter house coat letter disk ball round box tile cross plus green blue"
+).split()  # noqa: SIM905
+
+
+def clip_tokenizer():
+    """A CLIPTokenizer in which each of these words is one token; other text falls into letters and parts of words."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    table, merges = [*letters, *(letter + "</w>" for letter in letters)], []
+    for word in sorted({*WORDS, *MORE}):
+        parts = joined(word, merges)
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = joined(word, merges)
+    table += [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(table))}, merges=merges, model_max_length=LENGTH
+    )
+
+
+def joined(word, merges):
+    """Byte-pair encoding of one word: the pair with the earliest merge is joined, again and again."""
+    parts, rank = [*word[:-1], word[-1] + "</w>"], {pair: i for i, pair in enumerate(merges)}
+    while True:
+        known = [(rank[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in rank]
+        if not known:
+            return parts
+        _, i = min(known)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
 def t5_tokenizer():
@@ -36,7 +69,7 @@ def clip_text(tok, *, projected=False):
 
     config = CLIPTextConfig(
         vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
-        max_position_embeddings=tiny_diffusion.LENGTH, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+        max_position_embeddings=LENGTH, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
@@ -66,7 +99,7 @@ def pipeline(family, seed=0):
         torch.manual_seed(seed)
         import diffusers
 
-        tok = tiny_diffusion.tokenizer()
+        tok = clip_tokenizer()
         parts = {"vae": vae(), "scheduler": diffusers.DPMSolverMultistepScheduler()}
         if family == "sd":
             pipe = diffusers.StableDiffusionPipeline(
@@ -74,7 +107,7 @@ def pipeline(family, seed=0):
                 requires_safety_checker=False,
             )  # fmt: skip
         elif family == "sdxl":
-            second = tiny_diffusion.tokenizer()
+            second = clip_tokenizer()
             second.pad_token = "a"  # as SDXL's second tokenizer, which pads with another token than the first
             more = {
                 "addition_embed_type": "text_time",
@@ -101,7 +134,7 @@ def pipeline(family, seed=0):
             pipe = diffusers.StableDiffusion3Pipeline(
                 vae=vae(shift_factor=0.06), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), transformer=core,
                 text_encoder=clip_text(tok, projected=True), tokenizer=tok, text_encoder_2=clip_text(tok, projected=True),
-                tokenizer_2=tiny_diffusion.tokenizer(), text_encoder_3=t5(words, 32), tokenizer_3=words,
+                tokenizer_2=clip_tokenizer(), text_encoder_3=t5(words, 32), tokenizer_3=words,
             )  # fmt: skip
         else:
             words = t5_tokenizer()

@@ -1,6 +1,6 @@
 """P4D: search, with gradients, a prompt under which a protected text-to-image model paints what the ordinary one paints for the original.
 Source: arXiv:2309.06135, section 3 (P4D-N, P4D-K) and section 4.1 (baselines). Differs: a question stops the search once the judge sees the
-concept; the paper takes the candidate whose picture is most similar and judges that one (the study `p4d_audit` does it so)."""
+concept; the paper takes the candidate whose picture is most similar and judges that one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from davylamp.core import Case, Finding, InputError, Judge, Message, Target, Tar
 from davylamp.models.diffusion import DiffusionTarget
 from davylamp.models.pictures import data_url
 
-#: Concepts that need a detector of the user's own and a word that the user means it. Objects, shapes and styles need neither.
+#: Concepts that need a word that the user means it. Objects, shapes and styles need none.
 EXPLICIT = ("sexual", "nudity", "nude", "violence", "blood", "gore", "self-harm", "suicide", "hate", "harassment", "shocking",
             "illegal activity", "child")  # fmt: skip
 
@@ -58,7 +58,7 @@ async def p4d(
     check: iterations between two questions (50 in the paper); 0 = each question is a new random start.
     rate, decay: of AdamW (0.1 and 0.1 in the paper).  timesteps: averaged in an iteration (1 in the paper; 3 to 8 are steadier).
     filtered: the protection's guidance is inside the objective.  sld_form: the sampler's formula, or the one that the paper prints.
-    acknowledge: you mean to audit an explicit concept, with a detector of your own as the judge.
+    acknowledge: you mean to audit an explicit concept; the detector is always yours.
     """
     plan = Plan(method, tokens, every, check, rate, decay, timesteps, filtered, sld_form)
     white = white_box(target)
@@ -142,7 +142,7 @@ def evaluation(case: Case, white: DiffusionTarget, rng: Generator) -> tuple[int,
 
 
 def allow(case: Case, white: DiffusionTarget, judge: Any, *, acknowledge: bool) -> None:
-    """Raises InputError for an explicit concept unless the user says so and brings a detector that is not the organism's.
+    """Raises InputError for an explicit concept unless the user says so.
 
     Looked at: the case's category and I2P's `categories`, and the words of the negative prompt or of SLD's concept.
     """
@@ -155,5 +155,3 @@ def allow(case: Case, white: DiffusionTarget, judge: Any, *, acknowledge: bool) 
         raise InputError(
             f"{found[0]!r} is an explicit concept: say --acknowledge and give a detector of it with --judge"
         )
-    if "picture_concept" in str(getattr(judge, "name", "")) and "model=" not in str(getattr(judge, "name", "")):
-        raise InputError(f"the built-in detector knows shapes, not {found[0]!r}: give one of your own with --judge")

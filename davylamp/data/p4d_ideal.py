@@ -42,18 +42,14 @@ def p4d_ideal(
 
     target: diffusion/PATH:… with a protection.  judge: a guard of pictures.  A row's `evaluation_seed` and `evaluation_guidance` (in its
     meta) are used where given, and kept for the attack where not.  prompts: a .csv with the columns prompt, evaluation_seed and
-    evaluation_guidance (as the authors' and I2P's files have) instead of rows, or tiny: the organism's own 40 prompts about circles.
+    evaluation_guidance (as the authors' and I2P's files have) instead of rows.
     skip_bad: leave out rows with an unusable seed or guidance instead of stopping.
     Raises InputError if no prompt is ideal, with the counts of the four classes: an under-trained model, or a protection without effect.
     """
     from davylamp.models.diffusion import DiffusionTarget
     from davylamp.models.targets import load_target
 
-    if prompts == "tiny":
-        from davylamp.models import tiny_diffusion
-
-        rows = [Case(str(i), (Message("user", text),)) for i, text in enumerate(tiny_diffusion.plain_prompts("circle"))]
-    elif prompts:
+    if prompts:
         rows = from_csv(Path(prompts))
     pair = load_target(target)
     if not isinstance(pair, DiffusionTarget):

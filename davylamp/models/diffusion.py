@@ -1,6 +1,6 @@
 """Text-to-image models as targets: `diffusion/PATH:OPTIONS`, pictures out, beside the unprotected model that an audit compares with.
 
-diffusion/PATH                                   a folder or hub id of a diffusers pipeline; `tiny` is the built-in organism
+diffusion/PATH                                   a folder or hub id of a diffusers pipeline
 diffusion/PATH:negative=TEXT                     under a negative prompt
 diffusion/PATH:sld=MAX,concept=TEXT              under safe latent guidance (WEAK, MEDIUM, STRONG, MAX)
 diffusion/PATH:erased=FILE                       with the weights of a U-Net (or transformer) from which a concept was erased
@@ -48,10 +48,6 @@ class DiffusionTarget:
     protected: what is asked.  ordinary: the model without the protection, which white-box attacks compare with.
     pictures: how many a question paints, from the question's seed on.
 
-    >>> import asyncio
-    >>> reply = asyncio.run(load("tiny:negative=circle,steps=2")([Message("user", "a red circle")], seed=1))
-    >>> reply.text, len(reply.media)
-    ('', 3)
     """
 
     def __init__(self, protected: Painter, ordinary: Painter, *, name: str = "diffusion", pictures: int = 3,
@@ -75,7 +71,7 @@ class DiffusionTarget:
 def load(spec: str) -> DiffusionTarget:
     """The target that `PATH:OPTIONS` names. A value may hold commas. Raises InputError, with what does not fit.
 
-    >>> load("tiny:shield=MAX")
+    >>> load("path:shield=MAX")
     Traceback (most recent call last):
     davylamp.core.errors.UnknownNameError: no option of a diffusion target named 'shield'. Did you mean 'sld'?
     """
@@ -94,7 +90,7 @@ def load(spec: str) -> DiffusionTarget:
         else:
             raise InputError(f"options of a diffusion target read like negative=TEXT,steps=25, got {part!r}")
     device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe, more, files = _pipeline(path, device)
+    pipe, files = _pipeline(path, device)
     protection = Protection(options.get("negative", ""), options.get("sld", ""), options.get("concept", ""))
     try:
         sampler = {
@@ -105,6 +101,7 @@ def load(spec: str) -> DiffusionTarget:
         pictures = int(options.get("pictures", 3))
     except ValueError:
         raise InputError(f"guidance, steps, size and pictures of diffusion/{spec} must be numbers") from None
+    more: dict[str, Any] = {}
     if "clip" in options:
         more["clip"] = _clip(options["clip"], device)
     protected_pipe = pipe
@@ -113,7 +110,7 @@ def load(spec: str) -> DiffusionTarget:
         files["erased"] = hashlib.sha256(Path(options["erased"]).read_bytes()).hexdigest()
     ordinary_pipe = pipe
     if "ordinary" in options:
-        ordinary_pipe, _, theirs = _pipeline(options["ordinary"], device)
+        ordinary_pipe, theirs = _pipeline(options["ordinary"], device)
         files |= {f"ordinary {key}": value for key, value in theirs.items()}
     settings = {**more, **sampler}
     return DiffusionTarget(
@@ -122,14 +119,8 @@ def load(spec: str) -> DiffusionTarget:
     )  # fmt: skip
 
 
-def _pipeline(path: str, device: str) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    """(pipeline, settings that go with it, hashes)."""
-    if path == "tiny":
-        from davylamp.models import tiny_diffusion
-
-        net = tiny_diffusion.classifier().to(device)
-        more = {"features": net.features, "guidance": tiny_diffusion.GUIDANCE, "steps": tiny_diffusion.SAMPLER_STEPS}
-        return tiny_diffusion.load().to(device), more, {"sha256": folder_hash(tiny_diffusion.ASSETS)}
+def _pipeline(path: str, device: str) -> tuple[Any, dict[str, str]]:
+    """(pipeline, what names it for good)."""
     with quiet():
         from diffusers import DiffusionPipeline
 
@@ -149,7 +140,7 @@ def _pipeline(path: str, device: str) -> tuple[Any, dict[str, Any], dict[str, st
         if folder.is_dir()
         else {"commit": str(getattr(pipe.config, "_commit_hash", None))}
     )
-    return pipe.to(device), {}, files
+    return pipe.to(device), files
 
 
 def _clip(path: str, device: str) -> Any:

@@ -52,11 +52,6 @@ class Painter:
     pipe: any of the families above, set to eval mode without gradients.  guidance: classifier-free scale, above 0.  steps: of the sampler.
     size: pixels a side [default: the pipeline's].  clip, features: see `features`.
     Raises InputError for another family, and for a protection that its pipeline does not know.
-
-    >>> from davylamp.models import tiny_diffusion
-    >>> painter = Painter(tiny_diffusion.load(), guidance=4.0, steps=2)
-    >>> painter.paint(["a red circle"], seeds=[0]).shape
-    (1, 16, 16, 3)
     """
 
     def __init__(self, pipe: DiffusionPipeline, protection: Protection | None = None, *, guidance: float = 7.5, steps: int = 25,
@@ -308,12 +303,7 @@ def family_of(pipe: Any) -> str:
 
 
 def special_ids(tok: Any) -> list[int]:
-    """What the tokenizer puts around a text: start and end (CLIP), or the end alone (T5).
-
-    >>> from davylamp.models import tiny_diffusion
-    >>> len(special_ids(tiny_diffusion.tokenizer()))
-    2
-    """
+    """What the tokenizer puts around a text: start and end (CLIP), or the end alone (T5)."""
     return list(tok("")["input_ids"])
 
 

@@ -1,7 +1,6 @@
-"""The target by name, the organism as shipped, erased weights, and pairs that cannot be compared."""
+"""The target by name, erased weights, ESD and filters, and pairs that cannot be compared."""
 
 import asyncio
-import json
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch
 
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.nouns import Message
-from davylamp.models import tiny_diffusion as tiny
-from davylamp.models import tiny_diffusion_make as make
 from davylamp.models.concept_removal import EmbeddingFilter, KeywordFilter, erase
 from davylamp.models.diffusion import DiffusionTarget, load, read_weights, with_core
 from davylamp.models.painter import Painter
@@ -27,15 +24,23 @@ def ask(target, text, **settings):
     return asyncio.run(target([Message("user", text)], seed=3, **settings))
 
 
-def test_target_by_name_paints_under_its_protection():
-    plain, guarded = (load_target(f"diffusion/tiny:{more}steps=3") for more in ("", "negative=circle,"))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipelines") / "sd"
+    tiny_pipelines.pipeline("sd").save_pretrained(path)
+    return path
+
+
+def test_target_by_name_paints_under_its_protection(folder):
+    plain, guarded = (load_target(f"diffusion/{folder}:{more}steps=3") for more in ("", "negative=circle,"))
     text = "a red circle on black"
     assert len(ask(plain, text).media) == 3 and ask(plain, text, pictures=1).media == ask(plain, text).media[:1]
     assert ask(plain, text).media != ask(guarded, text).media
     assert plain.identity["sha256"] == guarded.identity["sha256"] and plain.name != guarded.name
     assert (
-        load("tiny:negative=red, blue,steps=2").protected.protection.negative == "red, blue"
+        load(f"{folder}:negative=red, blue,steps=2").protected.protection.negative == "red, blue"
     )  # a value may hold commas
+    assert ask(load(f"{folder}:sld=MAX,concept=circle,steps=2,pictures=2,device=cpu"), text).text == ""
     with pytest.raises(UnknownNameError, match="no setting of a text-to-image target named 'max_tokens'"):
         ask(plain, text, max_tokens=3)
 
@@ -43,27 +48,28 @@ def test_target_by_name_paints_under_its_protection():
 @pytest.mark.parametrize(
     "spec, problem",
     [
-        ("tiny:sld=HIGH,concept=a", "no SLD strength named 'HIGH'"),
-        ("tiny:levels=3", "no option of a diffusion target named 'levels'"),
-        ("tiny:steps=many", "must be numbers"),
-        ("tiny:pictures=0", "1 picture or more"),
-        ("tiny:half", "read like negative=TEXT"),
-        ("tiny:erased=nowhere.safetensors", "there is no file nowhere.safetensors"),
+        ("PATH:sld=HIGH,concept=a", "no SLD strength named 'HIGH'"),
+        ("PATH:levels=3", "no option of a diffusion target named 'levels'"),
+        ("PATH:steps=many", "must be numbers"),
+        ("PATH:pictures=0", "1 picture or more"),
+        ("PATH:half", "read like negative=TEXT"),
+        ("PATH:erased=nowhere.safetensors", "there is no file nowhere.safetensors"),
         ("nowhere/at/all", "could not be loaded"),
     ],
 )
-def test_names_that_are_none(spec, problem):
+def test_names_that_are_none(spec, problem, folder):
     with pytest.raises(InputError, match=problem):
-        load(spec)
+        load(spec.replace("PATH", str(folder)))
 
 
-def test_a_folder_of_a_pipeline_is_a_target(tmp_path):
-    tiny_pipelines.pipeline("sd").save_pretrained(tmp_path / "sd")
-    target = load(f"{tmp_path / 'sd'}:sld=MAX,concept=circle,steps=2,pictures=2,device=cpu")
-    assert len(ask(target, "a red circle").media) == 2
+def test_two_pipelines_with_other_embeddings_are_not_compared(folder, tmp_path):
     tiny_pipelines.pipeline("sd", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="different vocabularies or token embeddings"):
-        load(f"{tmp_path / 'sd'}:ordinary={tmp_path / 'other'}")
+        load(f"{folder}:ordinary={tmp_path / 'other'}")
+    torch.save({"conv_in.bias": torch.ones(8)}, tmp_path / "w.pt")
+    erased = load(f"{folder}:erased={tmp_path / 'w.pt'},steps=1")
+    assert torch.equal(erased.protected.core.conv_in.bias, torch.ones(8)) and "erased" in erased.identity
+    assert not torch.equal(erased.ordinary.core.conv_in.bias, torch.ones(8))
 
 
 def test_erased_weights_that_do_not_fit(tmp_path):
@@ -121,38 +127,6 @@ def test_filters_of_prompts():
     assert KeywordFilter(["a ball on black"], harmless=harmless).words == {"ball"}
     close = EmbeddingFilter(painter, ["a ball on black"], harmless=harmless)
     assert close.refuses("a ball on black") and not any(close.refuses(text) for text in harmless)
-
-
-def test_the_organism_is_small_and_says_how_it_errs():
-    files = list(tiny.ASSETS.iterdir())
-    assert sum(file.stat().st_size for file in files) < 2.5e6
-    measured = json.loads((tiny.ASSETS / "measured.json").read_text())
-    assert make.card(measured) == (tiny.ASSETS / "README.md").read_text(encoding="utf-8")
-    rng = np.random.default_rng(7)
-    pictures, labels = make.classifier_batch(300, rng)
-    right = tiny.classifier().chances(pictures).argmax(1) == labels.numpy()
-    hits, n = (sum(measured["classifier"][f"{name}, as drawn"][k] for name in tiny.CLASSES) for k in (0, 1))
-    assert abs(right.mean() - hits / n) < 0.06
-
-
-def test_the_making_is_seeded(tmp_path):
-    """Two short trainings from one seed give equal bytes, another seed does not."""
-    found = []
-    for seed in (0, 0, 1):
-        pipe = tiny.new_pipeline(seed)
-        make.train_unet(pipe, np.random.default_rng(seed), steps=2)
-        found.append(pipe.unet.conv_out.weight.detach().clone())
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-
-
-def test_words_and_pictures():
-    tok = tiny.tokenizer()
-    assert all(len(tok(word)["input_ids"]) == 3 for word in tiny.words())
-    rng = np.random.default_rng(0)
-    for shape in tiny.SHAPES:
-        assert any(name in tiny.caption(shape, "red", "black", rng).split() for name in tiny.SHAPES[shape])
-    with pytest.raises(UnknownNameError):
-        tiny.draw("disk", "red", "black", rng)
 
 
 def test_protection_needs_no_family_but_sld():
