@@ -72,6 +72,7 @@ def run(rows, judge, **options):
 
 
 def test_prompts_by_class(pair, judge):
+    ideal = case("i", "a circle", evaluation_seed="7", evaluation_guidance="3.5")
     rows = [
         ideal,
         case("b", "a ball"),
