@@ -43,6 +43,7 @@ TARGETS = """What can be asked:
   organism/NAME            a built-in model: base, helpful, aligned, reasoning   pip install 'davylamp[hf]'
   inspect/PROVIDER/MODEL   any provider of inspect_ai                            pip install 'davylamp[inspect]'
   python/FILE.py:FUNCTION  your own function (messages, *, seed, **settings) -> text or Message
+  diffusion/PATH:OPTIONS   a text-to-image pipeline of diffusers                 pip install 'davylamp[diffusion]'
   think/STRATEGY/TARGET    any of them under a thinking strategy: zero, less, more"""
 
 
