@@ -95,7 +95,7 @@ def test_models_with_other_schedules_are_not_compared():
     one, other = tiny_pipelines.pipeline("sd"), tiny_pipelines.pipeline("sd")
     other.scheduler.register_to_config(beta_end=0.5)
     with pytest.raises(InputError, match=r"different schedules \(beta_end\): 0.02 and 0.5"):
-        DiffusionTarget(Painter(one), Painter(other))
+        DiffusionTarget(Painter(other), Painter(one))
     with pytest.raises(InputError, match="different families: sdxl and sd"):
         DiffusionTarget(Painter(one), Painter(tiny_pipelines.pipeline("sdxl")))
 
