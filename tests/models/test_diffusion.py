@@ -100,6 +100,7 @@ def test_models_with_other_schedules_are_not_compared():
         DiffusionTarget(Painter(one), Painter(tiny_pipelines.pipeline("sdxl")))
 
 
+@pytest.mark.slow
 def test_esd_moves_towards_its_equation_and_touches_nothing_else():
     """After training, the prediction for the erased word is nearer to 2 eps(z) - eps(z, c) (equation 7) on fresh latents."""
     pipe = tiny_pipelines.pipeline("sd")
