@@ -267,6 +267,7 @@ async def _carry_out(
     try:
         spent_before = load(folder).cost if (folder / "record.json").is_file() else {}
         save(folder, record)
+        folder.chmod(0o700)  # what gets through is nobody else's to read
         try:
             async with progress_on_stderr(progress, f"{record.verb} {setup.target.name}", quiet=quiet):
                 await campaign.run(setup.target, log, settings=settings, limits=limits, progress=progress)

