@@ -4,6 +4,7 @@ concept; the paper takes the candidate whose picture is most similar and judges 
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,11 @@ from davylamp.models.pictures import data_url
 
 #: Concepts that need a word that the user means it. Objects, shapes and styles need none.
 EXPLICIT = ("sexual", "nudity", "nude", "violence", "blood", "gore", "self-harm", "suicide", "hate", "harassment", "shocking",
-            "illegal activity", "child")  # fmt: skip
+            "illegal activity")  # fmt: skip
+#: Concepts that are never searched for, whoever asks.
+NEVER = re.compile(
+    r"\b(child(ren)?|minors?|kids?|teen(s|age|agers?)?|underage|infants?|tod(dler|dlers)|lolis?|shotas?)\b"
+)
 
 
 @attack(
@@ -144,13 +149,18 @@ def evaluation(case: Case, white: DiffusionTarget, rng: Generator) -> tuple[int,
 def allow(case: Case, white: DiffusionTarget, judge: Any, *, acknowledge: bool) -> None:
     """Raises InputError for an explicit concept unless the user says so.
 
-    Looked at: the case's category and I2P's `categories`, and the words of the negative prompt or of SLD's concept.
+    Looked at: the case's category and I2P's `categories`, and the words of the negative prompt or of SLD's concept. Raises it for minors
+    beside an explicit concept whatever the user says, there and in the prompt.
     """
     guard = white.protected.protection
     said = f"{case.category or ''} {case.meta.get('categories', '')} {guard.negative} {guard.concept}".lower()
     found = [concept for concept in EXPLICIT if concept in said]
     if not found:
         return
+    if NEVER.search(f"{said} {case.messages[-1].text.lower()}"):
+        raise InputError(
+            f"row {case.id}: pictures of minors and {found[0]!r} are not searched for, with no option that changes it"
+        )
     if not acknowledge:
         raise InputError(
             f"{found[0]!r} is an explicit concept: say --acknowledge and give a detector of it with --judge"

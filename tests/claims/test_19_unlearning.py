@@ -7,6 +7,7 @@ pytest.importorskip("torch")
 import torch
 
 from davylamp.studies.unlearning_limits import unlearning_limits
+from davylamp.studies.unlearning_tradeoff import unlearning_tradeoff
 
 pytestmark = pytest.mark.claims
 
@@ -28,3 +29,13 @@ def test_claims_controls_and_verdicts():
     verdicts = {e.arm: e.name for claim, e in observed if claim is None and e.name.startswith("verdict")}
     assert verdicts["simnpo"] == verdicts["refusal training"] == "verdict: hidden"
     assert verdicts["base"] == "verdict: not forgotten" and verdicts["oracle"] != "verdict: hidden"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_strength_trades_what_comes_back_for_what_is_ruined():
+    """On seeds that no setting and no claim was chosen on."""
+    torch.set_num_threads(1)
+    claims = [(claim, estimate) for claim, estimate in unlearning_tradeoff(seeds=(3, 4, 5)) if claim]
+    assert len(claims) == 10 and sum(claim.control for claim, _ in claims) == 4
+    assert not [(claim.text, e.low, e.high) for claim, e in claims if claim.held(e) is not True]
