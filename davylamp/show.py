@@ -49,18 +49,19 @@ TARGETS = """What can be asked:
 
 
 def systems() -> dict[str, dict[str, str]]:
-    """The 36 systems by slug: number, title, arxiv, stage."""
+    """The 36 systems by slug: number, title, arxiv, stage; `missing` says what a system with measured claims still lacks."""
     return tomllib.loads((ASSETS / "systems.toml").read_text(encoding="utf-8"))
 
 
 def state(number: str) -> str:
-    """How far a system is: `built` with a study that holds its claims beside their controls, `in part` with parts only, else `not yet`.
+    """How far a system is: `built` with a study that holds its claims beside their controls and nothing `missing`, `in part`, or `not yet`.
 
     >>> state("08"), state("33")
     ('built', 'not yet')
     """
     kinds = {entry.kind for entry in entries() if number in entry.systems}
-    return "built" if "study" in kinds else "in part" if kinds else "not yet"
+    whole = "study" in kinds and not any("missing" in row for row in systems().values() if row["number"] == number)
+    return "built" if whole else "in part" if kinds else "not yet"
 
 
 def list_entries(kind: str | None, as_json: bool) -> None:
@@ -143,12 +144,16 @@ def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json
         return
     click.echo(
         f"{row['number']}  {row['title']}\narXiv:{row['arxiv']}   stage: {row['stage']}"
-        + (f"   page: docs/systems/{row['number']}-{name}.md" if state(row["number"]) == "built" else "")
+        + (
+            f"   page: docs/systems/{row['number']}-{name}.md"
+            if state(row["number"]) == "built" or "missing" in row
+            else ""
+        )
     )
     if not parts:
         click.echo("not built yet")
     elif state(row["number"]) == "in part":
-        click.echo("built in part: these parts work, its claims are not measured yet")
+        click.echo(f"built in part: {row.get('missing', 'these parts work, its claims are not measured yet')}")
     for entry in parts:
         click.echo("")
         click.echo(f"{entry.kind} {entry.name}: {entry.summary}")
