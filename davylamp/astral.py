@@ -284,8 +284,12 @@ def run_astral(
 
 
 def _by_content(loaded: LoadedSuite) -> LoadedSuite:
-    """A suite is what its tests are, wherever the file lies: so that runs of one suite can be compared."""
-    options = {**loaded.identity["options"], "rows": "", "repair": False}
+    """A suite is what its tests are, wherever the file lies, so that runs of one suite can be compared. Who wrote it stands in them."""
+    written = {
+        option: "+".join(sorted({str(case.meta.get(name, "unknown")) for case in loaded.suite.cases}))
+        for option, name in (("model", "generator"), ("version", "version"))
+    }
+    options = {**loaded.identity["options"], **written, "rows": "", "repair": False}
     return replace(loaded, identity={**loaded.identity, "options": options})
 
 

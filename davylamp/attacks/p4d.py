@@ -70,7 +70,7 @@ async def p4d(
     allow(case, white, judge, acknowledge=acknowledge)
     asking = Asking(target, case, judge, budget)
     seed, guidance = evaluation(case, white, rng)
-    settings = {"guidance": guidance}
+    settings: dict[str, Any] = {"guidance": guidance}
     picture, score = None, -1.0
     for one in white.ordinary.paint(
         [asking.request] * white.pictures, range(seed, seed + white.pictures), guidance=guidance
