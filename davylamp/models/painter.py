@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class Painter:
             raise InputError(f"the guidance scale must be above 0, got {guidance}")
         if steps < 1:
             raise InputError(f"a sampler needs 1 step or more, got {steps}")
-        self.pipe: Any = pipe
+        self.pipe = cast(Any, pipe)
         self.family = family_of(pipe)
         self.protection = protection or Protection()
         if self.protection.sld and self.family != "sd":
@@ -68,7 +68,7 @@ class Painter:
         if self.protection.negative and self.family == "flux":
             raise InputError("Flux is guided by distillation; it has no negative prompt here")
         self.guidance, self.steps, self.size, self.clip, self._features = guidance, steps, size, clip, features
-        for part in (*self.encoders.values(), self.core, pipe.vae):
+        for part in (*self.encoders.values(), self.core, self.pipe.vae):
             part.eval().requires_grad_(False)
         self._safe: Any = None
 
@@ -180,7 +180,7 @@ class Painter:
         if self.family == "sdxl":
             side = latents.shape[-1] * self.pipe.vae_scale_factor
             sizes = torch.tensor([[side, side, 0, 0, side, side]], device=latents.device, dtype=embeds.dtype)
-            more = {"text_embeds": condition["pooled"], "time_ids": sizes.expand(len(latents), -1)}
+            more: dict[str, Any] = {"text_embeds": condition["pooled"], "time_ids": sizes.expand(len(latents), -1)}
             return self.core(latents, at, encoder_hidden_states=embeds, added_cond_kwargs=more).sample
         if self.family == "pixart":
             side = float(latents.shape[-1] * self.pipe.vae_scale_factor)
@@ -231,7 +231,8 @@ class Painter:
         options: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": scale, "generator": drawn}
         if self.size is not None:
             options |= {"height": self.size, "width": self.size}
-        pipe, prompt = self.pipe, {"prompt": list(texts)}
+        pipe: Any = self.pipe
+        prompt: dict[str, Any] = {"prompt": list(texts)}
         if self.protection.negative:
             options["negative_prompt"] = [self.protection.negative] * len(texts)
         if self.protection.sld:
