@@ -20,7 +20,7 @@ from typing import Any
 
 from davylamp.core.errors import InputError
 from davylamp.core.nouns import Case, Record
-from davylamp.core.record import folder_for, new_record, save, write_atomic
+from davylamp.core.record import keep, new_record, write_atomic
 from davylamp.core.registry import Entry, find
 from davylamp.core.rows import CaseFile, Dropped, canonical, write_cases
 
@@ -316,6 +316,5 @@ def _leave(
         **about,
     )
     record = replace(record, status="finished", counts=counts, cost={"seconds": round(seconds, 3)}, estimates=estimates)
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder, record

@@ -16,7 +16,7 @@ from davylamp.core.errors import InputError, RunError
 from davylamp.core.evaluate import LoadedSuite, close, evaluate, judge_error, load_suite
 from davylamp.core.judges import LoadedJudge, load_judge
 from davylamp.core.nouns import Case, Estimate, Message, Record, Verdict
-from davylamp.core.record import folder_for, load, new_record, save
+from davylamp.core.record import keep, load, new_record
 from davylamp.core.rows import Dropped, case_from, digest, read_run
 from davylamp.core.run import Limits
 from davylamp.data._astral_suite import (
@@ -44,9 +44,7 @@ def begun(
 
 
 def leave(runs: Path, record: Record) -> tuple[Path, Record]:
-    folder = folder_for(runs, record)
-    save(folder, record)
-    return folder, record
+    return keep(runs, record), record
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from davylamp.core.errors import InputError
 from davylamp.core.evaluate import close, label_of
 from davylamp.core.judges import LoadedJudge, load_judge, split_spec
 from davylamp.core.nouns import Case, Record
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import keep, new_record
 from davylamp.core.registry import find
 from davylamp.core.rows import CaseFile, digest
 from davylamp.metrics.oracles import QUANTITIES, Comparison, compare_oracles
@@ -70,8 +70,7 @@ def run_oracles(
                         figures=figures(found), notes=_notes(found, repeats))  # fmt: skip
     counts = {"rows": len(cases), "unsafe": sum(truth), "judges": len(judges), "runs": repeats}
     record = replace(record, status="finished", estimates=found.estimates, counts=counts)
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder, record
 
 

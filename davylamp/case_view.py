@@ -12,7 +12,7 @@ from davylamp import coverage
 from davylamp.case import FAIL, MISSING, PASS, STALE, WAIVED, Case, Model, build
 from davylamp.case_rules import requirements
 from davylamp.core.nouns import Estimate, Record
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import keep, new_record
 from davylamp.core.rows import digest
 from davylamp.report.runs import gather
 
@@ -59,8 +59,7 @@ def run_case(
         claims=tuple(claims),
         estimates=tuple(replace(a.estimate, arm=a.claim.arm) for a in decided if a.estimate and a.claim),
     )
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder, record, case
 
 

@@ -20,7 +20,7 @@ from davylamp.core.evaluate import LoadedSuite, close, evaluate, load_suite
 from davylamp.core.judges import load_judge
 from davylamp.core.nouns import Estimate, Record
 from davylamp.core.policy import Decision, Rule, decide
-from davylamp.core.record import folder_for, new_record, save, told_apart
+from davylamp.core.record import keep, new_record, told_apart
 from davylamp.core.registry import find
 from davylamp.core.rows import digest
 from davylamp.core.run import Limits
@@ -224,8 +224,7 @@ def run_check(
         counts=_sums(record.counts for _, _, record in done),
         cost=_sums(record.cost for _, _, record in done),
     )
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     decisions = _decisions(rules, [record for _, _, record in done])
     write_report(
         folder / "report.html",

@@ -19,7 +19,7 @@ from typing import Any
 
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.nouns import Record
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import keep, new_record
 from davylamp.core.registry import FOLDERS, STAGES, THREATS, Entry, entries
 from davylamp.core.rows import digest
 from davylamp.report.cards import by_truth
@@ -278,8 +278,7 @@ def run_coverage(
         ],
     )
     record = replace(record, status="finished")
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder, record, found
 
 

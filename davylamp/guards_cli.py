@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from davylamp.core.errors import InputError, UnknownNameError
 from davylamp.core.judges import LoadedJudge, load_judge
 from davylamp.core.nouns import Case, Estimate, Message, Record
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import folder_for, keep, new_record, save
 from davylamp.core.rows import RowLog, canonical, digest
 from davylamp.data.guard_rows import kept, load_rows, public_rows
 
@@ -309,8 +309,7 @@ def train(
     record = replace(
         record, status="finished", cost={"seconds": round(time.monotonic() - started, 1)}, counts={"rows": len(cases)}
     )
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     (out / "train.json").write_text(
         json.dumps({"record": record.id, **facts}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
     )

@@ -21,7 +21,7 @@ from davylamp import repair_view as view
 from davylamp.apply import run_edit
 from davylamp.core.errors import DavylampError, InputError, UnknownNameError
 from davylamp.core.nouns import Case, Estimate, Message, Record
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import keep, new_record
 from davylamp.core.registry import find
 from davylamp.core.rows import CaseFile, canonical, digest, write_cases
 from davylamp.repair_view import Goal
@@ -221,8 +221,7 @@ def run_repair(
         counts={"candidates": len(scores), "probes": len(questions.select) + len(questions.test)},
         cost={"seconds": round(time.monotonic() - started, 3)},
     )
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     from davylamp.report.html import write_report
 
     write_report(folder / "report.html", [folder], title=f"Repair of {Path(tuned).name}")

@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ TARGETS = """What can be asked:
   think/STRATEGY/TARGET    any of them under a thinking strategy: zero, less, more"""
 
 
+@cache
 def systems() -> dict[str, dict[str, str]]:
     """The 36 systems by slug: number, title, arxiv, stage; `missing` says what a system with measured claims still lacks."""
     return tomllib.loads((ASSETS / "systems.toml").read_text(encoding="utf-8"))

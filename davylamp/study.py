@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from davylamp.core.nouns import Record
-from davylamp.core.record import folder_for, new_record, save, versions
+from davylamp.core.record import keep, new_record, versions
 from davylamp.core.registry import find
 
 
@@ -74,8 +74,7 @@ def run_study(
         estimates=estimates,
         cost={"seconds": round(time.monotonic() - started, 3)},
     )
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder, record
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from davylamp.core.errors import DavylampError, InputError, TargetError
 from davylamp.core.judges import LoadedJudge, load_judge, split_spec
 from davylamp.core.nouns import Case, Message, Metric, Record, Suite, Target
-from davylamp.core.record import folder_for, load, new_record, save
+from davylamp.core.record import folder_for, keep, load, new_record, save
 from davylamp.core.registry import find
 from davylamp.core.rows import CaseFile, RowLog, canonical, conversation, digest, read_run
 from davylamp.core.run import Limits, Progress, collect, progress_on_stderr
@@ -373,8 +373,7 @@ async def bench_judge(spec: str, rows: Path, *, runs: Path, command: Sequence[st
         cost={},
         counts={"rows": total, "scored": total - unscored, "unscored": unscored, "failed": 0},
     )
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder, record
 
 

@@ -134,6 +134,13 @@ def folder_for(runs: Path, record: Record) -> Path:
     return folder
 
 
+def keep(runs: Path, record: Record) -> Path:
+    """Save a record in its folder under `runs`, and say where that is."""
+    folder = folder_for(runs, record)
+    save(folder, record)
+    return folder
+
+
 def told_apart(records: Sequence[Record]) -> list[str]:
     """What each of some records was given that not all of them were given: options of the suite, judge, settings, seed, epochs.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from davylamp.core.nouns import Estimate
-from davylamp.core.record import folder_for, new_record, save
+from davylamp.core.record import keep, new_record
 from davylamp.core.registry import Entry
 from davylamp.core.stats import rate
 
@@ -47,6 +47,5 @@ def leave(
     }
     estimates: tuple[Estimate, ...] = (rate(0.05 * n, n, name="unsafe_rate"),)
     record = replace(new_record("eval", suite, inputs, **about), status=status, estimates=estimates)
-    folder = folder_for(runs, record)
-    save(folder, record)
+    folder = keep(runs, record)
     return folder
