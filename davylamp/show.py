@@ -55,21 +55,29 @@ def systems() -> dict[str, dict[str, str]]:
     return tomllib.loads((ASSETS / "systems.toml").read_text(encoding="utf-8"))
 
 
-def state(number: str) -> str:
-    """How far a system is: `built` with a study that holds its claims beside their controls and nothing `missing`, `in part`, or `not yet`.
+def states() -> dict[str, str]:
+    """How far each system is, by number: `built`, `in part` or `not yet`.
 
-    >>> state("08"), state("33")
-    ('built', 'not yet')
+    Built: a study holds its claims beside their controls, and nothing is `missing`.
+
+    >>> [states()[number] for number in ("08", "30", "33")]
+    ['built', 'in part', 'not yet']
     """
-    kinds = {entry.kind for entry in entries() if number in entry.systems}
-    whole = "study" in kinds and not any("missing" in row for row in systems().values() if row["number"] == number)
-    return "built" if whole else "in part" if kinds else "not yet"
+    kinds: dict[str, set[str]] = {row["number"]: set() for row in systems().values()}
+    for entry in entries():
+        for number in entry.systems:
+            kinds.setdefault(number, set()).add(entry.kind)
+    whole = {row["number"] for row in systems().values() if "study" in kinds[row["number"]] and "missing" not in row}
+    return {
+        number: "built" if number in whole else "in part" if found else "not yet" for number, found in kinds.items()
+    }
 
 
 def list_entries(kind: str | None, as_json: bool) -> None:
     if kind == "systems":
+        far = states()
         rows: list[dict[str, Any]] = [
-            {"name": name, **row, "built": state(row["number"]) == "built", "state": state(row["number"])}
+            {"name": name, **row, "built": far[row["number"]] == "built", "state": far[row["number"]]}
             for name, row in systems().items()
         ]
         if as_json:
@@ -128,6 +136,7 @@ def show_name(name: str, as_json: bool, runs: Path) -> None:
 
 
 def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json: bool) -> None:
+    state = states()[row["number"]]
     parts = [entry for entry in entries() if row["number"] in entry.systems]
     parts += [entry for entry in same_name if entry not in parts]
     if as_json:
@@ -136,8 +145,8 @@ def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json
                 {
                     "name": name,
                     **row,
-                    "built": state(row["number"]) == "built",
-                    "state": state(row["number"]),
+                    "built": state == "built",
+                    "state": state,
                     "parts": [entry.json() for entry in parts],
                 },
                 indent=1,
@@ -146,15 +155,11 @@ def _show_system(name: str, row: dict[str, str], same_name: list[Entry], as_json
         return
     click.echo(
         f"{row['number']}  {row['title']}\narXiv:{row['arxiv']}   stage: {row['stage']}"
-        + (
-            f"   page: docs/systems/{row['number']}-{name}.md"
-            if state(row["number"]) == "built" or "missing" in row
-            else ""
-        )
+        + (f"   page: docs/systems/{row['number']}-{name}.md" if state == "built" or "missing" in row else "")
     )
     if not parts:
         click.echo("not built yet")
-    elif state(row["number"]) == "in part":
+    elif state == "in part":
         click.echo(f"built in part: {row.get('missing', 'these parts work, its claims are not measured yet')}")
     for entry in parts:
         click.echo("")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from davylamp.cli import main
 from davylamp.core.registry import FOLDERS, builtin
 from davylamp.core.taxonomy import names, taxonomy
-from davylamp.show import state, systems
+from davylamp.show import states, systems
 
 DOCS = Path(__file__).parent
 
@@ -106,12 +106,13 @@ def systems_index() -> str:
         "| | system | paper | stage | parts |",
         "|---|---|---|---|---|",
     ]
+    far, things = states(), builtin()
     for name, row in systems().items():
-        parts = [f"{entry.kind} `{entry.name}`" for entry in builtin() if row["number"] in entry.systems]
+        parts = [f"{entry.kind} `{entry.name}`" for entry in things if row["number"] in entry.systems]
         page = f"{row['number']}-{name}.md"
         title = f"[{row['title']}]({page})" if (DOCS / "systems" / page).is_file() else row["title"]
         out.append(
-            f"| {row['number']} | {title} | [arXiv:{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}) | {row['stage']} | {state(row['number'])}{': ' if parts else ''}{', '.join(parts)} |"
+            f"| {row['number']} | {title} | [arXiv:{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}) | {row['stage']} | {far[row['number']]}{': ' if parts else ''}{', '.join(parts)} |"
         )
     return "\n".join(out) + "\n"
 

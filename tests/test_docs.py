@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from davylamp.cli import main
-from davylamp.show import state, systems
+from davylamp.show import states, systems
 from tests.server import say
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +154,7 @@ def test_generated_pages_are_fresh():
 
 def test_a_built_system_has_its_page():
     for name, row in systems().items():
-        if state(row["number"]) == "built":
+        if states()[row["number"]] == "built":
             text = (ROOT / "docs" / "systems" / f"{row['number']}-{name}.md").read_text(encoding="utf-8")
             for part in ("## When to use", "## Claims", "## Limits", "```console"):
                 assert part in text, f"{name}: its page lacks {part}"
