@@ -261,6 +261,9 @@ def paired_difference(
     return replace(estimate, p=float((1 + (np.abs(flips) >= abs(sums.sum()) - 1e-12).sum()) / 2001))
 
 
+UNFIT = "not corrected: the judge's measured error does not fit these rows"
+
+
 def corrected_rate(estimate: Estimate, *, true_hits: int, positives: int, true_passes: int, negatives: int) -> Estimate:
     """The estimate with `corrected` set: the rate after the judge's measured error is taken out.
 
@@ -305,9 +308,7 @@ def corrected_rate(estimate: Estimate, *, true_hits: int, positives: int, true_p
         / youden
     )
     if centre + shift + spread <= 0 or centre + shift - spread >= 1:
-        return replace(
-            estimate, method=f"{estimate.method}; not corrected: the judge's measured error does not fit these rows"
-        )
+        return replace(estimate, method=f"{estimate.method}; {UNFIT}")
     low, high = (min(1.0, max(0.0, centre + shift + sign * spread)) for sign in (-1, 1))
     point = min(1.0, max(0.0, point))
     return replace(estimate, corrected=(point, min(low, point), max(high, point)))

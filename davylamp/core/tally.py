@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from davylamp.core.nouns import Estimate, Metric
-from davylamp.core.stats import clustered_rate, corrected_rate, macro_rate, paired_difference, rate
+from davylamp.core.stats import UNFIT, clustered_rate, corrected_rate, macro_rate, paired_difference, rate
 
 #: A judge's measured error: how many of the rows labelled 1 (positives) and 0 (negatives) it called so.
 Error = Mapping[str, int]
@@ -169,6 +169,7 @@ class Tally:
         """All estimates. seed: for the bootstrap of contrasts.  error: the judge's measured error, to correct rates with."""
         out = []
         for index, metric in enumerate(self.metrics):
+            misfit = False
             parts = [part for found in (self.cells, self.sets, self.pairs) for number, part in found if number == index]
             for part in sorted(
                 parts or [(None, None)],
@@ -197,7 +198,11 @@ class Tally:
                         "true_passes": error["true_hits"],
                         "negatives": error["positives"],
                     }
-                    estimate = corrected_rate(estimate, **(flipped if metric.flip else error))
+                    if misfit:  # what does not fit all rows is not made to fit a slice of them, which is only smaller
+                        estimate = replace(estimate, method=f"{estimate.method}; {UNFIT}")
+                    else:
+                        estimate = corrected_rate(estimate, **(flipped if metric.flip else error))
+                    misfit |= part == (None, None) and estimate.method.endswith(UNFIT)
                 out.append(estimate)
         return tuple(out)
 

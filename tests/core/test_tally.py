@@ -134,3 +134,15 @@ def test_a_list_puts_a_case_into_a_slice_for_each():
     tally.add(row("2", 0.0, meta={"tags": ["b"], "arm": "x"}))
     found = by_slice(tally)
     assert found["m", "tags=b", None].value == 0.5 and found["m", "tags=a", "x"].n == 1
+
+
+def test_no_slice_is_corrected_where_the_error_does_not_fit_all_rows():
+    """A judge that calls half of the safe rows unsafe cannot have called only 20 % of 60 unsafe; a slice of 5 is too small to tell."""
+    error = {"true_hits": 95, "positives": 100, "true_passes": 50, "negatives": 100}
+    tally, fits = Tally((Metric("unsafe_rate"),)), Tally((Metric("unsafe_rate"),))
+    for i in range(60):
+        tally.add(row(str(i), float(i % 5 == 0), category=f"c{i % 12}"))
+        fits.add(row(str(i), float(i % 5 != 0), category=f"c{i % 12}"))
+    whole, *slices = tally.estimates(error=error)
+    assert len(slices) == 12 and all(e.corrected is None and "does not fit" in e.method for e in (whole, *slices))
+    assert all(e.corrected is not None for e in fits.estimates(error=error))  # the control
